@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On-policy distillation across tokenizers (GOLD), small enough to read in an evening.
+
+Read the files in the order of the data; each imports only from files above it:
+
+    offsets     token ids or text -> byte spans of each token
+    align       two lists of spans -> chunks
+    events      two vocabularies -> the events that both can express
+    model       a folder of safetensors -> a decoder that runs and trains
+    sample      prompts -> answers with log-probabilities
+    teacher     answers -> what the teacher thinks of them
+    disagree    chunk log-probabilities of both sides -> which chunks to train
+    loss        hidden states or logits at those chunks -> the loss
+    config, data, chat, load, batch, metrics    the edges of the loop
+    train       everything -> steps, metrics, a trained student
+    demo, cli   the demo and the command line
+
+Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
+
+    B  rows                          V  student vocabulary
+    S  student tokens of a row       W  teacher vocabulary
+    T  teacher tokens of a row       X  events that both can express
+    N  scored student positions of   K  kept columns of a position
+       all rows, end to end          D  width
+    M  the same for the teacher      H  heads
+    C  chunks                        E  width of a head
+                                     L  layers
+
+A digit is a dimension of that size. A name without letters is a Python scalar or plain data.
+
+`import minigold` loads nothing but this file; modules and names are loaded where they are first
+used:
+
+>>> import minigold as mg
+>>> mg.align.align([(0, 2), (2, 5)], [(0, 1), (1, 5)]).end.tolist()
+[5]
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minigold.load import LanguageModel
+
+__all__ = ["Config", "distill", "load"]
+__version__ = "0.1.0"
+
+MODULES = (  # in reading order
+    "offsets", "align", "events", "model", "sample", "teacher", "disagree", "loss", "config",
+    "data", "chat", "load", "batch", "metrics", "train", "demo_task", "demo", "cli",
+)  # fmt: skip
+NAMES = {"Config": "train", "distill": "train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in NAMES:
+        return getattr(importlib.import_module(f"minigold.{NAMES[name]}"), name)
+    if name in MODULES:
+        return importlib.import_module(f"minigold.{name}")
+    raise AttributeError(
+        f"expected one of {', '.join((*__all__, *MODULES))}, got minigold.{name}; "
+        "names of a module are reached through it"
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *MODULES})
+
+
+class _Package(ModuleType):
+    """Keeps `minigold.load` the function although a submodule has the same name."""
+
+    @property
+    def load(self) -> Callable[..., LanguageModel]:
+        return importlib.import_module("minigold.load").load  # type: ignore[no-any-return,unused-ignore]
+
+    @load.setter
+    def load(self, value: object) -> None:
+        # the import system sets the submodule here, which sys.modules has anyway
+        if not isinstance(value, ModuleType):
+            raise AttributeError(f"expected minigold.load to stay as it is, got {value!r} for it")
+
+
+sys.modules[__name__].__class__ = _Package

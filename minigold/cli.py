@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Results go to standard output, progress and warnings to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import minigold
+from minigold.config import NOT_BUILT, Config, option_name
+from minigold.data import read_prompts
+from minigold.load import load
+from minigold.train import Step, distill
+
+__all__ = ["main"]
+
+log = logging.getLogger("minigold")
+COMMANDS_NOT_BUILT = ("align", "generate", "eval", "score", "report")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Without abbreviations, and with one line for a mistake."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 if it worked, 2 for a mistake in what was asked, told in one line."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        _refuse_unbuilt(args)
+        chosen = _parser().parse_args(args)
+        chosen.run(chosen)
+    except SystemExit as end:
+        return int(end.code or 0)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"minigold: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minigold: stopped", file=sys.stderr)
+        return 130
+    finally:
+        log.removeHandler(handler)
+    return 0
+
+
+def _refuse_unbuilt(args: Sequence[str]) -> None:
+    if args and args[0] in COMMANDS_NOT_BUILT:
+        raise ValueError(
+            f"expected a command that this version has (train, demo), got {args[0]!r}, "
+            "which is not built yet"
+        )
+    for arg in args:
+        name = arg.partition("=")[0]
+        if name in NOT_BUILT:
+            raise ValueError(f"{name} is not built yet ({NOT_BUILT[name]}); leave it out")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="minigold", description="On-policy distillation across tokenizers (GOLD).")
+    parser.add_argument("--version", action="version", version=f"minigold {minigold.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{train,demo}", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="distil a teacher into a student")
+    train.add_argument("--teacher", required=True, help="Hugging Face folder or hub name")
+    train.add_argument("--student", required=True, help="Hugging Face folder or hub name")
+    train.add_argument("--prompts", required=True, type=Path, help="JSON lines with `prompt`")
+    train.add_argument("--out", required=True, type=Path, help="new or empty folder of the run")
+    train.add_argument("--device", default="auto", help="auto (cuda, mps or cpu) or a torch device")
+    train.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                       help="of the teacher; auto is bfloat16 on cuda, else float32")  # fmt: skip
+    train.add_argument("--plain-prompt", action="store_true", help="both sides without a template")
+    for f in fields(Config):
+        kind: dict[str, Any] = {"type": type(f.default), "metavar": type(f.default).__name__}
+        if isinstance(f.default, bool):
+            kind = {"action": "store_true"}
+        text = f"{f.metadata['help']} (default {f.default})".replace("%", "%%")
+        train.add_argument(option_name(f.name), default=f.default, help=text, **kind)
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser("demo", help="the main job in three minutes on two CPU cores")
+    demo.add_argument("--out", type=Path, default=None, help="new or empty folder of the run")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    values = {f.name: getattr(args, f.name) for f in fields(Config)}
+    if args.plain_prompt:
+        values |= {"student_plain": True, "teacher_plain": True}
+    config = Config(**values)
+    device = find_device(args.device)
+    prompts = read_prompts(args.prompts)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(
+            f"expected --out to be a new or empty folder, got {args.out}, which is not empty"
+        )
+    student = load(args.student, device=device)
+    teacher = load(args.teacher, device=device, dtype=find_dtype(args.dtype, device))
+
+    def show(step: Step) -> None:
+        if step.metrics["step"] % config.log_every == 0:
+            log.info(step_line(step.metrics, config.steps))
+
+    history = distill(student, teacher, prompts, config, out=args.out, on_step=show)
+    print(json.dumps({"out": str(args.out), **history[-1]}))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from minigold.demo import run_demo  # loads its data, so only when asked for
+
+    print(json.dumps(run_demo(out=args.out, seed=args.seed)))
+
+
+def step_line(metrics: dict[str, Any], steps: int) -> str:
+    """One line a step for the terminal."""
+    per_byte = metrics["reverse_kl_per_byte"]
+    return (
+        f"step {metrics['step']}/{steps}  loss {metrics['loss']:.4f}  "
+        f"trained {metrics['trained_fraction'] or 0:.2f} of {metrics['chunks']} chunks  "
+        + (f"rKL/byte {per_byte:.4f}  " if per_byte is not None else "")
+        + f"ended {metrics['eos_rate'] or 0:.2f}  {metrics['seconds']:.1f} s"
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """`auto`: cuda, else mps, else cpu.
+
+    Raises:
+        ValueError: a name that torch does not know, or a device that is not there.
+    """
+    if name == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"expected --device auto, cuda, mps or cpu on this machine, got {name!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on cuda, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a run: one frozen dataclass, from which the command line is derived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from minigold.disagree import WHERE
+
+__all__ = ["NOT_BUILT", "Config", "option_name"]
+
+NOT_BUILT = {  # options and values of the design that this version does not have yet
+    "--resume": "exact resume",
+    "--eval-every": "evaluation during training",
+    "--save-every": "checkpoints during training",
+    "--keep": "checkpoints during training",
+    "--patience": "recovery from failed steps",
+    "--dry-run": "the cost estimate",
+    "--config": "TOML configuration files",
+}
+
+
+def _opt(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of `distill`; the same names are the options of `minigold train`.
+
+    Raises:
+        ValueError: a value out of range, or one that this version does not have.
+    """
+
+    steps: int = _opt(200, "optimizer steps")
+    batch_size: int = _opt(16, "prompts a step")
+    rollouts: int = _opt(1, "answers sampled for each prompt")
+    micro_batch: int = _opt(8, "rows in one forward pass")
+    max_new_tokens: int = _opt(128, "student tokens an answer, the stop included")
+    temperature: float = _opt(1.0, "of sampling; 1 with top-p 1 and top-k 0 is pure on-policy")
+    top_p: float = _opt(1.0, "nucleus of sampling; 1 is off")
+    top_k: int = _opt(0, "most likely tokens to sample from; 0 is off")
+    events: str = _opt("prefix", "what is compared: prefix")
+    beta: float = _opt(0.5, "0 is KL(teacher||student), 1 is KL(student||teacher), between: JSD")
+    max_overhang: float = _opt(0.2, "chunk starts with more are not compared (0 to 1)")
+    where: str = _opt("sampled", "which chunks are trained: " + ", ".join(WHERE))
+    threshold: float = _opt(0.5, "acceptance under which --where reject trains (0 to 1)")
+    lmbda: float = _opt(1.0, "share of rows that the student samples itself (0 to 1)")
+    lr: float = _opt(2e-5, "peak learning rate of AdamW")
+    warmup: int = _opt(10, "steps to the peak; after it a cosine to a tenth")
+    weight_decay: float = _opt(0.0, "of AdamW")
+    clip: float = _opt(1.0, "largest gradient norm; 0 is off")
+    student_plain: bool = _opt(False, "the student reads the prompt as it is, without a template")
+    teacher_plain: bool = _opt(False, "the teacher reads the prompt as it is, without a template")
+    seed: int = _opt(0, "of data order, sampling and masks")
+    log_every: int = _opt(1, "steps between lines on the terminal")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "rollouts", "micro_batch", "max_new_tokens", "log_every"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("top_k", "warmup", "weight_decay", "clip", "seed", "temperature"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("beta", "max_overhang", "threshold", "lmbda"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("lr", self.lr > 0, "above 0")
+        self._require("events", self.events == "prefix", "prefix (strict and byte: not built yet)")
+        self._require(
+            "where", self.where in WHERE,
+            f"one of {', '.join(WHERE)} (divergence, soft-or and random: not built yet)",
+        )  # fmt: skip
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            got = getattr(self, name)
+            raise ValueError(f"expected {option_name(name)} {expected}, got {got!r}")
+
+    @property
+    def pure(self) -> bool:
+        """Samples are drawn from the policy itself."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+
+    @classmethod
+    def help_of(cls, name: str) -> str:
+        return next(str(f.metadata["help"]) for f in fields(cls) if f.name == name)
+
+
+def option_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file of JSON lines in, prompts out.
+
+Every line is checked before anything runs, and a wrong one is refused with its number: a run
+never trains on half a file. Lines of white space hold nothing and are passed over. Nothing is
+tokenized here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Message", "Prompt", "read_prompts"]
+
+Message = dict[str, Any]
+COLUMNS = ("prompt", "messages", "completion", "teacher_prompt", "answer")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompts file.
+
+    Args:
+        prompt: text, or messages whose last one is not the assistant's.
+        completion: a fixed answer for off-policy training.
+        teacher_prompt: what the teacher reads instead of `prompt`.
+        answer: the right answer, for evaluation.
+        extra: other columns, as they are.
+        line: number in the file, from 1; 0 if it came from no file.
+    """
+
+    prompt: str | list[Message]
+    completion: str | None = None
+    teacher_prompt: str | list[Message] | None = None
+    answer: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    line: int = 0
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts of a JSON lines file, in order.
+
+    A line is an object with `prompt` (text or messages), or `messages`, whose last assistant turn
+    is the completion; and optionally `completion`, `teacher_prompt` and `answer`. A column whose
+    value is null is as good as absent.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not as above (with its number), or a file without prompts.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected a file of JSON lines, got the folder {path}; name the file")
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of JSON lines, found no {path}; check the path")
+    prompts = []
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if raw.strip():
+            try:
+                prompts.append(_prompt(_parse(raw), number))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not prompts:
+        raise ValueError(
+            f'expected prompts in {path}, got none; add lines such as {{"prompt": "…"}}'
+        )
+    return prompts
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise ValueError("expected JSON, got a byte order mark; save the file as UTF-8 without BOM")
+    try:
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant
+        )
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8, got byte 0x{raw[error.start]:02x} at byte {error.start}; "
+            "save the file as UTF-8"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            "expected text, got half of a surrogate pair; write the character itself or both halves"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"expected one JSON object, got {error.msg} at column {error.colno}; write one object "
+            "a line"
+        ) from error
+    except RecursionError as error:
+        raise ValueError("expected one JSON object, got deep nesting; flatten it") from error
+    if type(value) is not dict:
+        raise ValueError(f'expected an object such as {{"prompt": "…"}}, got {_kind(value)}')
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"expected each key once, got {twice!r} twice; remove one")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"expected JSON, got {name}, which JSON does not have; use null or a number")
+
+
+def _prompt(row: Mapping[str, Any], number: int) -> Prompt:
+    given = {key: row.get(key) for key in COLUMNS}
+    if (given["prompt"] is None) == (given["messages"] is None):
+        got = "neither" if given["prompt"] is None else "both"
+        raise ValueError(f"expected one of prompt and messages, got {got}; keep one of them")
+    completion = _text(given["completion"], "completion")
+    if given["prompt"] is not None:
+        prompt = _told(given["prompt"], "prompt")
+    else:
+        prompt, last = _split(_messages(given["messages"], "messages"))
+        if last is not None and completion is not None:
+            raise ValueError(
+                "expected one completion, got completion and a last assistant turn; remove one"
+            )
+        completion = last if last is not None else completion
+    teacher = given["teacher_prompt"]
+    return Prompt(
+        prompt,
+        completion,
+        None if teacher is None else _told(teacher, "teacher_prompt"),
+        _text(given["answer"], "answer"),
+        {key: value for key, value in row.items() if key not in COLUMNS},
+        number,
+    )
+
+
+def _told(value: Any, column: str) -> str | list[Message]:
+    """Text, or messages that wait for the assistant."""
+    if isinstance(value, str):
+        return value
+    messages = _messages(value, column)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"expected {column} to end before the assistant's turn, got it as the last message; "
+            "put that turn in completion, or name the column messages"
+        )
+    return messages
+
+
+def _split(messages: list[Message]) -> tuple[list[Message], str | None]:
+    if messages[-1]["role"] != "assistant":
+        return messages, None
+    last = _text(messages[-1].get("content"), "the last assistant turn's content")
+    if last is None or len(messages) == 1:
+        raise ValueError(
+            "expected a message before the last assistant turn and text in it, "
+            f"got {len(messages)} messages; complete them"
+        )
+    return messages[:-1], last
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        got = "an empty list" if value == [] else _kind(value)
+        raise ValueError(
+            f"expected {column} to be {'text or ' * (column != 'messages')}a list of messages such "
+            f'as {{"role": "user", "content": "…"}}, got {got}'
+        )
+    for i, message in enumerate(value):
+        role = message.get("role") if isinstance(message, dict) else None
+        if type(role) is not str:
+            raise ValueError(
+                f"expected {column}[{i}] to be an object with a role, got "
+                f'{json.dumps(message, ensure_ascii=False)[:80]}; add "role"'
+            )
+        if type(message.get("content")) not in (str, list, type(None)):
+            raise ValueError(
+                f"expected {column}[{i}] to have text as content, got {_kind(message['content'])}; "
+                "put it in quotes"
+            )
+    return value
+
+
+def _text(value: Any, column: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"expected {column} to be text, got {_kind(value)}; put it in quotes")
+
+
+def _kind(value: Any) -> str:
+    """What a value is in JSON's own words, with the value where it is short."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return json.dumps(value, ensure_ascii=False)[:80]

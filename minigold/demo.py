@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on models small enough for a laptop: `minigold demo`.
+
+A teacher that knows a made-up operator on number words distils it, across tokenizers and
+families, into a student that was warmed up on a few answers. The student sees prompts only. The
+shipped models, data and licence are described in demo_data/README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minigold.batch import Rollout
+from minigold.chat import prompt_ids
+from minigold.config import Config
+from minigold.data import Prompt, read_prompts
+from minigold.disagree import acceptance
+from minigold.events import Events
+from minigold.load import LanguageModel, load
+from minigold.offsets import text_of_ids
+from minigold.sample import sample
+from minigold.train import Pair, Step, collect, distill, make_pair, sample_answers
+
+__all__ = ["DEMO", "accuracy", "demo_models", "marked", "run_demo"]
+
+FOLDER = Path(__file__).parent / "demo_data"
+DEMO = Config(
+    steps=300,
+    batch_size=64,
+    micro_batch=64,
+    max_new_tokens=24,
+    lr=2e-3,
+    warmup=10,
+    student_plain=True,
+    teacher_plain=True,
+)
+
+
+def demo_models() -> tuple[LanguageModel, LanguageModel]:
+    """The shipped student and teacher, in float32 on the CPU."""
+    return load(FOLDER / "student"), load(FOLDER / "teacher")
+
+
+def run_demo(
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    steps: int = DEMO.steps,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    change_events: Callable[[Events], Events] = lambda events: events,
+) -> dict[str, Any]:
+    """Distils, shows what happened, and returns accuracies (0-1), seconds and trained share.
+
+    Args:
+        out: folder of the run, as in `distill`.
+        change_events: spoils the event map, for a control.
+    """
+    began = time.perf_counter()
+    student, teacher = demo_models()
+    prompts = read_prompts(FOLDER / "prompts.jsonl")
+    held_out = read_prompts(FOLDER / "held_out.jsonl")
+    config = Config(**{**vars(DEMO), "seed": seed, "steps": steps})
+    pair = make_pair(student, teacher)
+    pair = Pair(student, teacher, change_events(pair.events))
+    teacher_accuracy = accuracy(teacher, held_out)
+    before = accuracy(student, held_out)
+    say(f"teacher {teacher_accuracy:.3f}, student {before:.3f} exact match on held-out prompts")
+    _show("before (the teacher disagrees inside the brackets):", pair, held_out, config, say)
+
+    trained: list[float] = []
+    with _progress(steps) as bar:
+
+        def on_step(step: Step) -> None:
+            trained.append(step.metrics["trained_fraction"] or 0.0)
+            bar.update(1)
+            bar.set_postfix(
+                loss=f"{step.metrics['loss']:.3f}", trained=f"{trained[-1]:.2f}", refresh=False
+            )
+
+        distill(student, teacher, prompts, config, out=out, on_step=on_step, events=pair.events)
+    _show("after:", pair, held_out, config, say)
+    after = accuracy(student, held_out)
+    return {
+        "teacher_accuracy": teacher_accuracy,
+        "student_before": before,
+        "student_after": after,
+        "seconds": round(time.perf_counter() - began, 1),
+        "trained_fraction": sum(trained) / len(trained),
+    }
+
+
+def accuracy(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
+    """Exact match (0-1) of greedy answers."""
+    model.decoder.eval()
+    answers = sample(
+        model.decoder,
+        [prompt_ids(model, p.prompt, plain=True) for p in prompts],
+        max_new_tokens=DEMO.max_new_tokens,
+        eos_ids=model.eos_ids,
+        temperature=0,
+    )
+    texts = [text_of_ids(model.tokenizer, a.ids[:-1] if a.finished else a.ids) for a in answers]
+    right = [t.strip() == (p.answer or "").strip() for t, p in zip(texts, prompts, strict=True)]
+    return sum(right) / len(right)
+
+
+def marked(rollout: Rollout, threshold: float = 0.5) -> str:
+    """The answer with brackets around the chunks that the teacher would rather not accept."""
+    rows = (rollout.student_logp_C, rollout.teacher_logp_C, rollout.scorable_C)
+    accepted_C = acceptance(*map(torch.as_tensor, rows))
+    text = rollout.answer.text.encode()
+    parts = []
+    for start, end, a in zip(
+        rollout.chunks.start, rollout.chunks.end, accepted_C.tolist(), strict=True
+    ):
+        piece = text[start:end].decode("utf-8", errors="replace") or "<end>"
+        parts.append(f"[{piece}]" if a < threshold else piece.replace("<end>", ""))
+    return "".join(parts)
+
+
+def _show(
+    title: str, pair: Pair, prompts: Sequence[Prompt], config: Config, say: Callable[[str], None]
+) -> None:
+    answers, student_side = sample_answers(pair, list(prompts[:4]), config, number=0)
+    lines = [
+        f"  {r.answer.prompt.prompt}{marked(r)}   (right: {r.answer.prompt.answer})"
+        for r in collect(pair, answers, student_side, config)
+    ]
+    say("\n".join([title, *lines]))
+
+
+class _Bar(Protocol):
+    def update(self, n: int) -> Any: ...
+    def set_postfix(self, *, refresh: bool, loss: str, trained: str) -> Any: ...
+
+
+class _Lines:
+    """A progress bar for where tqdm is absent: a line every tenth of the way."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.note = total, 0, ""
+
+    def update(self, n: int) -> None:
+        self.done += n
+        if self.done % max(1, self.total // 10) == 0:
+            print(f"{self.done}/{self.total} {self.note}", file=sys.stderr)
+
+    def set_postfix(self, *, refresh: bool, loss: str, trained: str) -> None:
+        self.note = f"loss {loss} trained {trained}" if not refresh else self.note
+
+
+def _progress(total: int) -> AbstractContextManager[_Bar]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return nullcontext(_Lines(total))
+    bar: Iterable[Any] = tqdm(total=total, file=sys.stderr, unit="step")
+    return bar  # type: ignore[return-value]

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The name of a model in, everything that is needed to talk to it out.
+
+A name is a Hugging Face folder, or a hub name that `huggingface_hub` fetches if it is installed.
+This file finds the tokenizer, the chat template and the ids that end an answer; `model.py` reads
+the weights and `chat.py` renders the template.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from minigold.chat import render
+from minigold.model import Decoder, load_decoder
+
+__all__ = ["LanguageModel", "load", "resolve"]
+
+logger = logging.getLogger("minigold")
+
+PATTERNS = ("*.json", "*.safetensors", "chat_template.jinja")
+MARK = "minigold"  # an answer that no template changes; what follows it ends the turn
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A decoder and its tokenizer, template and stops.
+
+    Args:
+        name: as the caller gave it.
+        folder: where its files lie.
+        template: the chat template, or None for a base model.
+        bos_token, eos_token: their text for the template; "" where there is none.
+        eos_ids: every id that ends an answer.
+        end_id: the one of them that the template ends a turn with.
+        context: tokens the model was made for.
+        n_tokens: ids that both the tokenizer and the head know are below it.
+    """
+
+    name: str
+    folder: Path
+    decoder: Decoder
+    tokenizer: Tokenizer
+    template: str | None
+    bos_token: str
+    eos_token: str
+    eos_ids: tuple[int, ...]
+    end_id: int
+    context: int
+    n_tokens: int
+
+
+def load(
+    name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """Reads a folder or hub name.
+
+    A tokenizer with more ids than the embedding has rows is warned about (logger `minigold`);
+    the ids beyond are not used.
+
+    Raises:
+        FileNotFoundError: no such folder or hub name, or a file is missing in it.
+        ValueError: a file that cannot be read or used, or no id that ends an answer.
+    """
+    folder = resolve(name)
+    tokenizer = _tokenizer(folder)
+    settings = _json(folder / "tokenizer_config.json")
+    specials = {**_json(folder / "special_tokens_map.json"), **settings}
+    template = _template(folder, settings)
+    bos_token, eos_token = (_text(specials.get(key)) for key in ("bos_token", "eos_token"))
+    decoder = load_decoder(folder, device=device, dtype=dtype)
+    n_tokens = _n_tokens(str(name), tokenizer, decoder.config.vocab_size)
+    stops = _stops(folder, n_tokens)
+    eos = tokenizer.token_to_id(eos_token) if eos_token else None
+    turn = _turn_end(tokenizer, template, bos_token=bos_token, eos_token=eos_token)
+    known = [i for i in (turn, eos, *stops) if i is not None and i < n_tokens]
+    if not known:
+        raise ValueError(
+            f"expected an id that ends an answer in {folder}, got none below {n_tokens}; "
+            "set eos_token_id in generation_config.json"
+        )
+    end_id = known[0]
+    return LanguageModel(
+        name=str(name),
+        folder=folder,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        template=template,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        eos_ids=tuple(dict.fromkeys([*stops, end_id])),
+        end_id=end_id,
+        context=decoder.config.context,
+        n_tokens=n_tokens,
+    )
+
+
+def resolve(name: str | Path) -> Path:
+    """The folder of a model, fetched from the hub if it is no folder here.
+
+    Raises:
+        FileNotFoundError: it is no folder and cannot be fetched.
+        ValueError: it is a file.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"expected a model folder, got the file {path}; give the folder it is in")
+    hub_name = str(name)
+    if hub_name.startswith((".", "/", "~")) or hub_name.count("/") > 1 or "\\" in hub_name:
+        raise FileNotFoundError(f"expected a model folder, found no folder {path}; check the path")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"expected a model folder, found no folder {path}; "
+            "to fetch it as a hub name, run: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(hub_name, allow_patterns=list(PATTERNS)))
+    except Exception as error:  # the hub's client raises errors of several HTTP libraries
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(
+            f"expected a model folder or hub name, found no folder {path}, and the hub did not "
+            f"give it ({reason[0]}); check the name and the network, or download the folder"
+        ) from error
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected tokenizer.json in {folder}, found none; convert the tokenizer once with "
+            f"transformers: AutoTokenizer.from_pretrained({str(folder)!r})"
+            f".save_pretrained({str(folder)!r})"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise ValueError(
+            f"expected a tokenizer in {path}, got {error}; download it again"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"expected a JSON object in {path}, got {error}; download it again"
+        ) from error
+
+
+def _text(token: Any) -> str:
+    """A special token's text; it is stored as text, as an object with `content`, or as null."""
+    return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return None if template is None else str(template)
+
+
+def _n_tokens(name: str, tokenizer: Tokenizer, rows: int) -> int:
+    ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if ids > rows:
+        logger.warning(
+            "%s: the tokenizer has %d ids, the embedding %d rows; ids from %d on are not used",
+            name, ids, rows, rows,
+        )  # fmt: skip
+    return min(ids, rows)
+
+
+def _stops(folder: Path, n_tokens: int) -> list[int]:
+    """`eos_token_id` of generation_config.json, else of config.json: one id or several."""
+    generation, config = _json(folder / "generation_config.json"), _json(folder / "config.json")
+    value = generation.get("eos_token_id")
+    if value is None:
+        text = config.get("text_config") or {}
+        value = config.get("eos_token_id", text.get("eos_token_id"))
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
+        raise ValueError(
+            f"expected eos_token_id in {folder} to be a token id or a list of them, got {value!r}; "
+            "correct it in generation_config.json"
+        )
+    for i in values:
+        if not 0 <= i < n_tokens:
+            logger.warning(
+                "%s: eos_token_id %d is not below %d; it is not used", folder, i, n_tokens
+            )
+    return [i for i in values if 0 <= i < n_tokens]
+
+
+def _turn_end(
+    tokenizer: Tokenizer, template: str | None, *, bos_token: str, eos_token: str
+) -> int | None:
+    """The first added token that the template writes after an answer."""
+    if template is None:
+        return None
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
+    try:
+        text = render(
+            template, talk, bos_token=bos_token, eos_token=eos_token, add_generation_prompt=False
+        )
+    except ValueError:  # a template for other roles; it says so again when it is used
+        return None
+    tail = text[text.rfind(MARK) + len(MARK) :] if MARK in text else ""
+    added = tokenizer.get_added_tokens_decoder()
+    ids = tokenizer.encode(tail, add_special_tokens=False).ids
+    return next((i for i in ids if i in added), None)

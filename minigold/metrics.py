@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step did, in numbers: metrics, the samples file, and the mass audit.
+
+Each key is explained in docs/metrics.md. Shares are 0 to 1; None stands where nothing was there
+to measure.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from minigold.batch import Array, Rollout
+from minigold.config import Config
+from minigold.events import Events
+from minigold.offsets import FLAWS
+
+if TYPE_CHECKING:
+    from minigold.train import Step
+
+__all__ = ["audit", "sample_rows", "step_metrics"]
+
+log = logging.getLogger("minigold")
+OTHER_LIMIT = 0.02
+NONCANONICAL_LIMIT = 0.1
+
+
+def step_metrics(
+    rollouts: Sequence[Rollout],
+    chosen: Sequence[Array],
+    config: Config,
+    *,
+    loss: float,
+    work_saved: float,
+    clock: Sequence[float],
+) -> dict[str, Any]:
+    """All keys of a line of metrics.jsonl but `step`, `grad_norm` and `lr`.
+
+    Args:
+        clock: seconds at the start, after sampling, after the teacher, after training.
+    """
+    chunks = [r.chunks for r in rollouts]
+    n_chunks = sum(len(c.s0) for c in chunks)
+    n_chosen = sum(int(mask.sum()) for mask in chosen)
+    tokens = sum(len(r.answer.ids) for r in rollouts)
+    one_to_one = sum(int(((c.s1 - c.s0 == 1) & (c.t1 - c.t0 == 1)).sum()) for c in chunks)
+    over = sum(int((r.overhang_C > config.max_overhang).sum()) for r in rollouts)
+    sampled = [r for r in rollouts if r.answer.on_policy]
+    finished = sum(r.answer.finished for r in sampled)
+    return {
+        "loss": loss,
+        "chunks": n_chunks,
+        "trained_fraction": _share(n_chosen, n_chunks),
+        "disagreement_share": _disagreement(rollouts, chosen),
+        "work_saved": work_saved,
+        "one_to_one_fraction": _share(one_to_one, n_chunks),
+        "unscorable": _unscorable(rollouts),
+        **_masses(rollouts),
+        "overhang_fraction": _share(over, n_chunks),
+        "noncanonical_share": _share(sum(r.answer.noncanonical for r in rollouts), tokens),
+        "reverse_kl_per_byte": _per_byte(sampled) if config.pure else None,
+        "completion_tokens": tokens,
+        "completion_bytes": sum(len(r.answer.text.encode("utf-8")) for r in rollouts),
+        "eos_rate": _share(finished, len(sampled)),
+        "clipped_rate": _share(len(sampled) - finished, len(sampled)),
+        "off_policy_fraction": _share(len(rollouts) - len(sampled), len(rollouts)),
+        "seconds": clock[3] - clock[0],
+        "seconds_sample": clock[1] - clock[0],
+        "seconds_teacher": clock[2] - clock[1],
+        "seconds_train": clock[3] - clock[2],
+        "peak_memory_gib": _peak_memory(),
+    }
+
+
+def sample_rows(number: int, step: Step) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl: every answer with its chunks, acceptance and what was trained."""
+    return [
+        {
+            "step": number,
+            "line": r.answer.prompt.line,
+            "prompt": r.answer.prompt.prompt,
+            "completion": r.answer.text,
+            "finished": r.answer.finished,
+            "on_policy": r.answer.on_policy,
+            "student_ids": r.answer.ids,
+            "teacher_ids": r.answer.teacher_ids,
+            "chunks": np.stack(r.chunks, axis=1).tolist(),
+            "acceptance": [round(float(a), 6) for a in accepted],
+            "trained": mask.tolist(),
+            **r.answer.prompt.extra,
+        }
+        for r, accepted, mask in zip(step.rollouts, step.acceptance, step.chosen, strict=True)
+    ]
+
+
+def audit(rollouts: Sequence[Rollout], events: Events) -> str:
+    """Mass audit on real samples: logged, with warnings, and returned as text."""
+    mass = _masses(rollouts)
+    lines = [f"{events.n_events} events" + (", the ids themselves" if events.identical else "")]
+    for name, side in (("student", events.student), ("teacher", events.teacher)):
+        alone = int(side.shared_V.sum())
+        other = mass[f"other_mass_{name}"] or 0.0
+        shared = mass[f"shared_mass_{name}"] or 0.0
+        lines.append(
+            f"{name}: {alone} of {len(side.event_V)} ids are events; mass in shared tokens "
+            f"{shared:.4f}, projected {max(0.0, 1 - shared - other):.4f}, other {other:.4f}"
+        )
+        if other > OTHER_LIMIT:
+            log.warning(
+                "%s: %.1f %% of its mass is in tokens without an event; check both templates "
+                "and end-of-turn ids", name, 100 * other,
+            )  # fmt: skip
+    tokens = sum(len(r.answer.ids) for r in rollouts)
+    strange = _share(sum(r.answer.noncanonical for r in rollouts), tokens) or 0.0
+    if strange > NONCANONICAL_LIMIT:
+        log.warning("%.0f %% of the sampled tokens are unusual spellings", 100 * strange)
+    text = "mass audit: " + "; ".join(lines)
+    log.info(text)
+    return text
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _disagreement(rollouts: Sequence[Rollout], chosen: Sequence[Array]) -> float | None:
+    """Share of the sum of |l_t - l_s| over scorable chunks that the chosen ones hold."""
+    held = total = 0.0
+    for r, mask in zip(rollouts, chosen, strict=True):
+        gaps_C = np.abs(np.nan_to_num(r.teacher_logp_C - r.student_logp_C, posinf=0, neginf=0))
+        total += float(gaps_C.sum())
+        held += float(gaps_C[mask].sum())
+    return _share(held, total)
+
+
+def _unscorable(rollouts: Sequence[Rollout]) -> dict[str, int]:
+    counts = np.zeros(len(FLAWS), dtype=np.int64)
+    for r in rollouts:
+        counts += np.bincount(r.chunks.flaw, minlength=len(FLAWS))
+    return {name: int(n) for name, n in zip(FLAWS[1:], counts[1:], strict=True) if n}
+
+
+def _masses(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
+    """Mean over all tokens of both sides."""
+    student = np.concatenate([r.student_measures_S4 for r in rollouts])
+    teacher = np.concatenate([r.teacher_measures_T4 for r in rollouts])
+    means = [m.mean(axis=0) if len(m) else [None] * 4 for m in (student, teacher)]
+    return {
+        f"{kind}_mass_{name}": None if mean[column] is None else float(mean[column])
+        for kind, column in (("shared", 1), ("other", 3))
+        for name, mean in zip(("student", "teacher"), means, strict=True)
+    }
+
+
+def _per_byte(rollouts: Sequence[Rollout]) -> float | None:
+    """Sum of l_s - l_t over the bytes of scorable text chunks, in nats per byte."""
+    gap, n_bytes = 0.0, 0
+    for r in rollouts:
+        text_C = r.scorable_C & (r.chunks.end > r.chunks.start)
+        gap += float((r.student_logp_C - r.teacher_logp_C)[text_C].sum())
+        n_bytes += int((r.chunks.end - r.chunks.start)[text_C].sum())
+    return _share(gap, n_bytes)
+
+
+def _peak_memory() -> float:
+    """Of the device if it is CUDA, else of the process; GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token ids or text in, the bytes of the text that each token stands for out.
+
+Where it stands: first in the flow; everything that compares two tokenizers starts here. What
+enters: a `tokenizers.Tokenizer` and sampled ids (the student) or a text (the teacher). What leaves:
+spans, int64 `[n, 3]`: start and end of each token in bytes of the text's UTF-8, half-open, and a
+flaw code; or a whole `Vocabulary` as plain data. What it does not do: chat templates, BOS, prompts
+(the text is the continuation of something), probabilities. The caller's tokenizer is never changed.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+__all__ = [
+    "BROKEN",
+    "CHANGED",
+    "CUT",
+    "EXACT",
+    "FLAWS",
+    "LOST",
+    "SPECIAL",
+    "UNKNOWN",
+    "Vocabulary",
+    "encode_continuation",
+    "first_pieces",
+    "spans_of_ids",
+    "spans_of_text",
+    "text_of_ids",
+    "vocabulary",
+]
+
+Int64 = NDArray[np.int64]
+
+EXACT, BROKEN, SPECIAL, UNKNOWN, LOST, CHANGED, CUT = range(7)
+FLAWS = (
+    "exact",
+    "broken bytes",
+    "special token",
+    "unknown token",
+    "lost bytes",
+    "changed text",
+    "cut",
+)
+
+_SPACE = 0x20
+_BATCH = 16384  # strings encoded at a time: bounds the memory of their encodings
+_SUPPORTED = ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
+_SPLITS_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What each token id stands for, as plain data; the index is the id.
+
+    `token_bytes[i]`: the bytes id i stands for in running text, b"" if it stands for no text.
+    `roles[i]`: "text", "special", "unknown" (the unknown token), "end" (ends a turn) or "none" (no
+    such token). `first_pieces`: for byte strings of another vocabulary, the token (as bytes) that
+    this tokenizer starts them with.
+    """
+
+    token_bytes: tuple[bytes, ...]
+    roles: tuple[str, ...]
+    first_pieces: Mapping[bytes, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A tokenizer prepared for looking ids up: bytes, roles, byte lengths, flaw codes by id."""
+
+    token_bytes: tuple[bytes, ...]
+    roles: tuple[str, ...]
+    lengths: Int64
+    flaws: Int64
+    implied_space: bool  # WordPiece: a word's leading space is implied, not read from the text
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A copy of a tokenizer that encodes continuations."""
+
+    tokenizer: Tokenizer
+    lossy: bool  # pieces without a token vanish, and offsets after one are off inside its word
+    missing: NDArray[np.bool_]  # [256], bytes that have no token
+
+
+def vocabulary(
+    tokenizer: Tokenizer,
+    *,
+    end_ids: Sequence[int] = (),
+    size: int | None = None,
+    pieces_for: Iterable[bytes] = (),
+) -> Vocabulary:
+    """The bytes and the role of every id, and this tokenizer's first piece of other strings.
+
+    Args:
+        tokenizer: any of the supported families.
+        end_ids: ids that end a turn; they get the role "end" and stand for no text.
+        size: number of ids (rows of the model); default: those of the tokenizer. Larger: the rest
+            has the role "none".
+        pieces_for: the byte strings to look up with `first_pieces`.
+
+    Raises:
+        ValueError: an end id outside `0 .. size - 1`, a size below 1, an unsupported decoder.
+    """
+    table = _table(tokenizer)
+    size = len(table.roles) if size is None else size
+    if size < 1:
+        raise ValueError(f"size: expected at least 1 id, got {size}; give the model's rows")
+    holes = max(size - len(table.roles), 0)
+    token_bytes = list(table.token_bytes[:size]) + [b""] * holes
+    roles = list(table.roles[:size]) + ["none"] * holes
+    for end_id in end_ids:
+        if not 0 <= end_id < size:
+            raise ValueError(
+                f"end_ids: expected ids in 0..{size - 1}, got {end_id}; give the end-of-turn ids "
+                "that the model has a row for"
+            )
+        token_bytes[end_id], roles[end_id] = b"", "end"
+    return Vocabulary(tuple(token_bytes), tuple(roles), first_pieces(tokenizer, pieces_for))
+
+
+def first_pieces(tokenizer: Tokenizer, strings: Iterable[bytes]) -> dict[bytes, bytes]:
+    """The first token, as bytes, that the tokenizer gives for each string as a continuation.
+
+    Left out: strings that are not UTF-8 on their own, and those whose first token is no exact
+    beginning of the string (unknown, special, normalized to something else).
+    """
+    table, texts = _table(tokenizer), {}
+    for string in strings:
+        try:
+            texts[string] = string.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+    pieces: dict[bytes, bytes] = {}
+    keys = list(texts)
+    for at in range(0, len(keys), _BATCH):
+        batch = keys[at : at + _BATCH]
+        encodings = _encoder_of(tokenizer).tokenizer.encode_batch(
+            [texts[key] for key in batch], add_special_tokens=False
+        )
+        for key, encoding in zip(batch, encodings, strict=True):
+            piece = table.token_bytes[encoding.ids[0]] if encoding.ids else b""
+            if piece and key.startswith(piece):
+                pieces[key] = piece
+    return pieces
+
+
+def text_of_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text that ids stand for, mid-text: no BOS, no special tokens, bad UTF-8 as U+FFFD."""
+    table = _table(tokenizer)
+    return _joined(table, _checked_ids(table, ids)).decode("utf-8", errors="replace")
+
+
+def spans_of_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> Int64:
+    """Spans `[S, 3]` of sampled ids in the UTF-8 bytes of `text_of_ids(tokenizer, ids)`.
+
+    Each token has its own bytes, however the text would be encoded again. Tokens with bytes in one
+    sequence that UTF-8 decoding replaces share the three bytes of its U+FFFD and are BROKEN.
+    Special and unknown tokens are zero-width.
+
+    Raises:
+        ValueError: ids that are no whole numbers or that the tokenizer does not have.
+    """
+    table = _table(tokenizer)
+    ids_S = _checked_ids(table, ids)
+    end = np.cumsum(table.lengths[ids_S])
+    start, flaw = end - table.lengths[ids_S], table.flaws[ids_S]
+    broken = _replaced(_joined(table, ids_S))
+    if len(broken):
+        touched = (start < end) & (_count(broken[:, 0], end, "left") > _count(broken[:, 1], start))
+        start, end = _in_text(broken, start, up=False), _in_text(broken, end, up=touched)
+        flaw = np.where(touched, BROKEN, flaw)
+    return np.stack((start, end, flaw), axis=1)
+
+
+def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[list[int], Int64]:
+    """Ids of a text as the continuation of other text, and their spans `[T, 3]` in its UTF-8.
+
+    No BOS and no dummy space before it; what looks like a special token stays text. Where the
+    tokens' bytes are the text's, spans are exact, also inside a character. Tokens of one place in
+    the text that a normalizer changed share its range and are CHANGED. Text without a token is a
+    gap between spans; a token that reaches over one is LOST.
+
+    Raises:
+        ValueError: a tokenizer of an unsupported kind, or a text with lone surrogates.
+    """
+    table, encoder = _table(tokenizer), _encoder_of(tokenizer)
+    data = _utf8(text)
+    encoding = encoder.tokenizer.encode(text, add_special_tokens=False)
+    ids_T = np.asarray(encoding.ids, dtype=np.int64)
+    pieces = [table.token_bytes[i] for i in encoding.ids]
+    flaws = table.flaws[ids_T]
+    spans = None if flaws.any() else _fit(pieces, data, 0, len(data), encoder.missing)
+    if spans is None:
+        spans = np.zeros((len(ids_T), 3), dtype=np.int64)
+        reached = 0
+        for i, j, start, end in _groups(encoding, text, len(data), encoder.lossy):
+            start, own = _read_space(table, pieces[i:j], data, start, reached)
+            fit = None if flaws[i:j].any() else _fit(own, data, start, end, encoder.missing)
+            if fit is None:
+                flaw = np.where(flaws[i:j] == EXACT, CHANGED, flaws[i:j])
+                fit = np.stack((np.full(j - i, start), np.full(j - i, end), flaw), axis=1)
+            spans[i:j], reached = fit, end
+    return encoding.ids, spans
+
+
+def spans_of_text(tokenizer: Tokenizer, text: str) -> Int64:
+    """The spans `[T, 3]` of `encode_continuation` alone."""
+    return encode_continuation(tokenizer, text)[1]
+
+
+# -- from ids ------------------------------------------------------------------------------------
+
+
+def _checked_ids(table: _Table, ids: Sequence[int]) -> Int64:
+    given = np.asarray(ids)
+    if given.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if given.ndim != 1 or given.dtype.kind not in "iu":
+        raise ValueError(
+            f"ids: expected a flat list of integers, got {given.dtype} of shape {given.shape}; "
+            "give one row of token ids"
+        )
+    if given.min() < 0 or given.max() >= len(table.roles):
+        raise ValueError(
+            f"ids: expected ids in 0..{len(table.roles) - 1}, got {int(given.min())} to "
+            f"{int(given.max())}; is this the tokenizer of the model that made them?"
+        )
+    return given.astype(np.int64)
+
+
+def _joined(table: _Table, ids: Int64) -> bytes:
+    return b"".join([table.token_bytes[i] for i in ids.tolist()])
+
+
+def _replaced(data: bytes) -> Int64:
+    """Byte ranges `[n, 2]` of data that `decode(errors="replace")` turns into one U+FFFD each."""
+    ranges, view, at = [], memoryview(data), 0
+    while at < len(data):
+        try:
+            str(view[at:], "utf-8")
+            break
+        except UnicodeDecodeError as error:
+            ranges.append((at + error.start, at + error.end))
+            at += error.end
+    return np.array(ranges, dtype=np.int64).reshape(-1, 2)
+
+
+def _count(sorted_values: Int64, values: Int64, side: Any = "right") -> Int64:
+    """How many of the sorted values are <= (side "right") or < (side "left") each value."""
+    return np.searchsorted(sorted_values, values, side=side)
+
+
+def _in_text(broken: Int64, at: Int64, *, up: NDArray[np.bool_] | bool) -> Int64:
+    """Byte offsets of raw bytes as offsets in the decoded text.
+
+    An offset inside a replaced range goes to the start of its U+FFFD, or to the end where `up`.
+    """
+    shift = np.concatenate(([0], np.cumsum(3 - (broken[:, 1] - broken[:, 0]))))
+    passed = _count(broken[:, 1], at)
+    inside = _count(broken[:, 0], at, "left") > passed
+    range_start = broken[np.minimum(passed, len(broken) - 1), 0]
+    text_at = np.where(inside, range_start, at) + shift[passed]
+    return np.asarray(text_at + np.where(inside & up, 3, 0), dtype=np.int64)
+
+
+# -- from text -----------------------------------------------------------------------------------
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text: expected text that UTF-8 can write, got a lone surrogate at character "
+            f"{error.start}; decode its source with errors='replace'"
+        ) from error
+
+
+def _fit(
+    pieces: Sequence[bytes], data: bytes, start: int, end: int, missing: NDArray[np.bool_]
+) -> Int64 | None:
+    """Exact spans if the pieces spell `data[start:end]` without its missing bytes, else None."""
+    if not all(pieces):
+        return None
+    joined, given = b"".join(pieces), data[start:end]
+    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    ends = np.cumsum(lengths)
+    if joined == given:
+        return np.stack((ends - lengths, ends, np.zeros_like(ends)), axis=1) + [start, start, 0]
+    bytes_given = np.frombuffer(given, dtype=np.uint8)
+    kept = np.flatnonzero(~missing[bytes_given])
+    if bytes_given[kept].tobytes() != joined:
+        return None
+    first, last = kept[ends - lengths] + start, kept[ends - 1] + start + 1
+    return np.stack((first, last, np.where(last - first > lengths, LOST, EXACT)), axis=1)
+
+
+def _groups(
+    encoding: Encoding, text: str, size: int, lossy: bool
+) -> list[tuple[int, int, int, int]]:
+    """Token ranges that do not overlap in the text, each with its byte range: (i, j, start, end).
+
+    A lossy tokenizer's offsets are trusted only where a word starts. Otherwise marks that a
+    normalizer drew into the letter before them, whose range leaves them out, are put back.
+    """
+    if not encoding.ids:
+        return []
+    starts, ends = np.asarray(encoding.offsets, dtype=np.int64).T
+    if lossy:
+        words = np.asarray([-1 if w is None else w for w in encoding.word_ids])
+        cut = np.flatnonzero(words[1:] != words[:-1]) + 1
+    else:
+        following = np.minimum.accumulate(starts[::-1])[::-1]
+        cut = np.flatnonzero(np.maximum.accumulate(ends)[:-1] <= following[1:]) + 1
+    first = np.concatenate(([0], cut))
+    group_start = np.minimum.reduceat(starts, first)
+    limit = np.append(group_start[1:], len(text))
+    group_end = limit if lossy else _with_marks(text, np.maximum.reduceat(ends, first), limit)
+    at = _bytes_before(text)
+    until = np.append(cut, len(starts)).tolist()
+    columns = (first.tolist(), until, at[group_start].tolist(), at[group_end].tolist())
+    assert at[-1] == size
+    return list(zip(*columns, strict=True))
+
+
+def _with_marks(text: str, ends: Int64, limits: Int64) -> Int64:
+    """Each end moved over the combining characters between it and its limit (in characters)."""
+    moved = ends.copy()
+    for k in np.flatnonzero(ends < limits).tolist():
+        while moved[k] < limits[k] and _combines(text[moved[k]]):
+            moved[k] += 1
+    return moved
+
+
+def _combines(character: str) -> bool:
+    """Whether normalizers may draw it into the one before: marks, Hangul jamo, half-width kana."""
+    jamo_or_kana = "\u1160" <= character <= "\u11ff" or character in "\uff9e\uff9f"
+    return jamo_or_kana or unicodedata.category(character).startswith("M")
+
+
+def _bytes_before(text: str) -> Int64:
+    """Bytes of UTF-8 before each character and at the end, `[characters + 1]`."""
+    code = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
+    return np.concatenate(([0], np.cumsum(sizes)))
+
+
+def _read_space(
+    table: _Table, pieces: list[bytes], data: bytes, start: int, reached: int
+) -> tuple[int, list[bytes]]:
+    """A word's implied space as the text has it: in its span, or not in its bytes either."""
+    if not (table.implied_space and pieces[0][:1] in (b" ", b"")):  # b"": an unknown word
+        return start, pieces
+    if start > reached and data[start - 1] == _SPACE:
+        return start - 1, pieces
+    return start, [pieces[0][1:], *pieces[1:]]
+
+
+# -- a tokenizer, prepared once ------------------------------------------------------------------
+
+
+def _table(tokenizer: Tokenizer) -> _Table:
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"tokenizer: expected a tokenizers.Tokenizer, got {type(tokenizer).__name__}; of a "
+            "transformers tokenizer give .backend_tokenizer"
+        )
+    table = _table_of(tokenizer)
+    if tokenizer.id_to_token(len(table.roles)) is not None:  # tokens were added since
+        _table_of.cache_clear()
+        _encoder_of.cache_clear()
+        table = _table_of(tokenizer)
+    return table
+
+
+@lru_cache(maxsize=8)
+def _table_of(tokenizer: Tokenizer) -> _Table:
+    """The table of a tokenizer, made once."""
+    config = json.loads(tokenizer.to_str())
+    spell, steps = _speller(config["decoder"])
+    added = {token["id"]: token for token in config["added_tokens"]}
+    unknown = _unknown_id(tokenizer, config["model"])
+    n_ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    token_bytes, roles = [], []
+    for i in range(n_ids):
+        piece, extra = tokenizer.id_to_token(i), added.get(i)
+        special = extra is not None and extra["special"]
+        role = "unknown" if i == unknown else "special" if special else "text"
+        role = "none" if piece is None else role
+        roles.append(role)
+        literal = extra is not None and "ByteLevel" in steps
+        text = piece.encode("utf-8") if literal and piece else spell(piece or "")
+        token_bytes.append(text if role == "text" else b"")
+    lengths = np.fromiter(map(len, token_bytes), np.int64, n_ids)
+    codes = {"text": EXACT, "special": SPECIAL, "unknown": UNKNOWN, "none": UNKNOWN}
+    flaws = np.fromiter((codes[role] for role in roles), np.int64, n_ids)
+    return _Table(tuple(token_bytes), tuple(roles), lengths, flaws, "WordPiece" in steps)
+
+
+def _unknown_id(tokenizer: Tokenizer, model: dict[str, Any]) -> int | None:
+    if "unk_id" in model:
+        return None if model["unk_id"] is None else int(model["unk_id"])
+    unknown = model.get("unk_token")
+    return None if unknown is None else tokenizer.token_to_id(unknown)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level vocabularies write the 256 bytes with."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(shown)]
+    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _speller(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], tuple[str, ...]]:
+    """What turns a piece of the vocabulary into its bytes mid-text, and the decoder's steps."""
+    outer = decoder or {"type": "none"}
+    steps = outer["decoders"] if outer["type"] == "Sequence" else [outer]
+    for step in steps:
+        whole = step["type"] == "Strip" and (step["start"] > 1 or step["stop"] > 0)
+        pattern = step["type"] == "Replace" and "String" not in step["pattern"]
+        if step["type"] not in _SUPPORTED or whole or pattern:
+            raise ValueError(
+                f"decoder: expected one made of {', '.join(_SUPPORTED)} (Replace of a string, Strip "
+                f"of one leading space), got {json.dumps(step)}; the bytes of a token are not known, "
+                "use a tokenizer.json with such a decoder"
+            )
+
+    def spell(piece: str) -> bytes:
+        for step in steps:
+            kind = step["type"]
+            if kind == "Replace":
+                piece = piece.replace(step["pattern"]["String"], step["content"])
+            elif kind == "Metaspace":
+                piece = piece.replace(step["replacement"], " ")
+            elif kind == "WordPiece":
+                prefix = step["prefix"]
+                piece = piece[len(prefix) :] if piece.startswith(prefix) else " " + piece
+            elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                return bytes([int(piece[3:5], 16)])
+            elif kind == "ByteLevel" and all(c in _BYTE_OF for c in piece):
+                return bytes(_BYTE_OF[c] for c in piece)
+        return piece.encode("utf-8")
+
+    return spell, tuple(step["type"] for step in steps)
+
+
+@lru_cache(maxsize=8)
+def _encoder_of(tokenizer: Tokenizer) -> _Encoder:
+    """A copy that encodes text as the continuation of other text, with only text in it."""
+    config = json.loads(tokenizer.to_str())
+    config.update(truncation=None, padding=None, post_processor=None)
+    config["normalizer"] = _without_prefix(config["normalizer"])
+    config["pre_tokenizer"] = _without_prefix(config["pre_tokenizer"])
+    model = config["model"]
+    model.update({"dropout": None} if "dropout" in model else {})
+    _hide_specials(config)
+    copy = Tokenizer.from_str(json.dumps(config))
+    copy.encode_special_tokens = True
+    missing = np.zeros(256, dtype=np.bool_)
+    if "ByteLevel" in _speller(config["decoder"])[1]:
+        missing[[byte for char, byte in _BYTE_OF.items() if char not in model["vocab"]]] = True
+        whole = not missing.any()
+    else:
+        whole = model.get("byte_fallback", False) and all(
+            f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)
+        )
+    lossy = model["type"] == "BPE" and model["unk_token"] is None and not whole
+    missing &= lossy
+    return _Encoder(copy, lossy, missing)
+
+
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer without whatever puts a space before the text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never"}
+    if step["type"] == "ByteLevel":
+        return {**step, "add_prefix_space": False}
+    key = {"Sequence": "normalizers" if "normalizers" in step else "pretokenizers"}.get(
+        step["type"]
+    )
+    if key is None:
+        return step
+    kinds = [inner["type"] for inner in step[key]]
+    if "Metaspace" in kinds and any(kind in _SPLITS_SPACES for kind in kinds):
+        raise ValueError(
+            f"pre_tokenizer: expected Metaspace alone, got {' + '.join(kinds)}, which puts a space "
+            "before every word; text cannot be encoded as a continuation, use another tokenizer"
+        )
+    edited = [_without_prefix(inner) for inner in step[key]]
+    return {**step, key: [inner for inner in edited if inner is not None]}
+
+
+def _hide_specials(config: dict[str, Any]) -> None:
+    """Rename, in place, the special tokens in the model's vocabulary, so that no text gives them."""
+    model = config["model"]
+    keep = model.get("unk_token")
+    renamed = {
+        token["content"]: f"\U0010ffff{token['id']}\U0010ffff"
+        for token in config["added_tokens"]
+        if token["special"] and token["content"] != keep
+    }
+    if isinstance(model["vocab"], dict):
+        renamed = {old: new for old, new in renamed.items() if old in model["vocab"]}
+        model["vocab"] = {renamed.get(piece, piece): i for piece, i in model["vocab"].items()}
+    else:
+        pieces = {piece for piece, _score in model["vocab"]}
+        renamed = {old: new for old, new in renamed.items() if old in pieces}
+        model["vocab"] = [(renamed.get(piece, piece), score) for piece, score in model["vocab"]]
+    if renamed and "merges" in model:
+        model["merges"] = [
+            pair for pair in model["merges"] if not renamed.keys() & {*pair, "".join(pair)}
+        ]
+    for token in config["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])

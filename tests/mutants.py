@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks the code on purpose, one small edit at a time: the named tests must fail each time.
+
+    python tests/mutants.py [WORD]      only the edits whose file or text contains WORD
+
+Each edit is applied to a copy of the repository. Before that, the same tests must pass there
+unchanged. Exit 1 if an edit survives, or if its text is not found exactly once.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["MUTANTS", "Mutant", "main"]
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 300  # seconds for the tests of one edit; a loop without end counts as noticed
+IGNORED = shutil.ignore_patterns(
+    ".git", ".hypothesis", ".*_cache", ".venv", "__pycache__", "*.egg-info", "build", "dist", "runs"
+)
+
+
+class Mutant(NamedTuple):
+    """In `file`, `old` (found once) becomes `new`; then `tests` (arguments of pytest) must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    # a special token in the middle takes part in a broken character
+    Mutant(
+        "minigold/offsets.py",
+        "touched = (start < end) & (",
+        "touched = (start <= end) & (",
+        "tests/test_offsets.py",
+    ),
+    # a replaced range is taken as one byte of text, not the three of U+FFFD
+    Mutant(
+        "minigold/offsets.py",
+        "np.cumsum(3 - (broken[:, 1] - broken[:, 0]))",
+        "np.cumsum(1 - (broken[:, 1] - broken[:, 0]))",
+        "tests/test_offsets.py",
+    ),
+    # the end of the last token is taken for the end of all before it
+    Mutant(
+        "minigold/align.py",
+        "reached, following = np.maximum.accumulate(spans[:, 1])[:-1], spans[1:, 0]",
+        "reached, following = spans[:-1, 1], spans[1:, 0]",
+        "tests/test_align.py",
+    ),
+    # the teacher's flaws are forgotten
+    Mutant(
+        "minigold/align.py",
+        "own = np.minimum(_flaws(student, student_cut), _flaws(teacher, teacher_cut))",
+        "own = _flaws(student, student_cut)",
+        "tests/test_align.py",
+    ),
+    # with a cache a token does not see itself
+    Mutant(
+        "minigold/model.py",
+        "mask = (key <= query) & (key > query - window)",
+        "mask = (key < query) & (key > query - window)",
+        "tests/test_sample.py",
+    ),
+)
+
+
+def _pytest(folder: Path, tests: str) -> int | None:
+    """pytest's exit code, or None if it ran past the limit."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+    environment = {
+        **os.environ,
+        "HYPOTHESIS_PROFILE": "ci",  # the same examples every time
+        "PYTHONPATH": str(folder),  # the copy, not an installed minigold
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.returncode
+
+
+def _verdict(folder: Path, mutant: Mutant) -> str:
+    path = folder / mutant.file
+    original = path.read_text("utf-8")
+    count = original.count(mutant.old)
+    if count != 1:
+        return f"STALE: found {count} times, expected once"
+    path.write_text(original.replace(mutant.old, mutant.new), "utf-8")
+    try:
+        code = _pytest(folder, mutant.tests)
+    finally:
+        path.write_text(original, "utf-8")
+    if code in (1, None):
+        return "noticed"
+    return "SURVIVED" if code == 0 else f"INVALID: pytest ended with {code}, expected failed tests"
+
+
+def main(word: str = "") -> int:
+    """Prints a table; 0 if every edit was noticed."""
+    chosen = [m for m in MUTANTS if word in "".join(m)]
+    if not chosen:
+        raise ValueError(f"expected a word in one of {len(MUTANTS)} edits, got {word!r}")
+    bad = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        shutil.copytree(ROOT, folder, ignore=IGNORED)
+        for tests in dict.fromkeys(m.tests for m in chosen):
+            if _pytest(folder, tests) != 0:
+                print(f"{tests}: expected to pass without an edit, got a failure")
+                return 1
+        for mutant in chosen:
+            start = time.perf_counter()
+            verdict = _verdict(folder, mutant)
+            bad += verdict != "noticed"
+            place = f"{mutant.file}: {' '.join(mutant.new.split())[:60]}"
+            print(f"{verdict:10} {time.perf_counter() - start:5.1f} s  {place}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} edits noticed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:2]))

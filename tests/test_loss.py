@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values, gradients and worked examples of the loss."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minigold.events import Events, match, project
+from minigold.loss import ChunkRows, chunk_losses, divergence, gold_loss
+from minigold.model import Head
+from minigold.offsets import Vocabulary
+from reference_losses import divergence_of, gkd
+from test_events import words
+
+BETAS = (0.0, 1e-4, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
+
+
+def one_token_rows(n: int, ids: list[int]) -> ChunkRows:
+    """Every chunk is one shared token."""
+    return ChunkRows(
+        torch.arange(n),
+        torch.tensor(ids),
+        torch.tensor(ids),
+        torch.zeros(n),
+        torch.zeros(n, dtype=torch.bool),
+    )
+
+
+def random_rows(n_chunks: int, v: int, w: int, seed: int) -> ChunkRows:
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 4, (n_chunks,), generator=g)
+    n = int(sizes.sum())
+    return ChunkRows(
+        torch.repeat_interleave(torch.arange(n_chunks), sizes),
+        torch.randint(0, v, (n,), generator=g),
+        torch.randint(0, w, (n_chunks,), generator=g),
+        -3 * torch.rand(n_chunks, generator=g) - 0.1,
+        sizes > 1,
+    )
+
+
+PAIR = match(
+    words("hel", "hello", "help", "xyz", "h", ".", "."),
+    words("hel", "lo", "h", ".", "heliu"),
+)
+SELF = match(
+    Vocabulary((b".", b".", b"a", b"", b""), ("text", "text", "text", "end", "special")),
+    Vocabulary((b".", b".", b"a", b"", b""), ("text", "text", "text", "end", "end")),
+)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_one_tokenizer_is_gkd_in_value_and_gradient(beta: float) -> None:
+    """Duplicates (ids 0 and 1) and two stops (3 and 4) included."""
+    g = torch.Generator().manual_seed(1)
+    student_NV = (3 * torch.randn(7, 5, generator=g)).requires_grad_()
+    teacher_NW = 3 * torch.randn(7, 5, generator=g)
+    rows = one_token_rows(7, [0, 1, 2, 3, 4, 0, 1])
+    ours = chunk_losses(student_NV, teacher_NW, rows=rows, events=SELF, project=project, beta=beta)
+    (ours_grad,) = torch.autograd.grad(ours.sum(), student_NV)
+    theirs = gkd(student_NV, teacher_NW, beta)
+    (theirs_grad,) = torch.autograd.grad(theirs.sum(), student_NV)
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours_grad, theirs_grad, atol=1e-6, rtol=1e-5)
+
+
+def test_padded_rows_do_not_count() -> None:
+    """A vocabulary padded with -inf rows of no token gives the same value and gradient."""
+    texts, roles = (b".", b"a", b""), ("text", "text", "end")
+    small = match(Vocabulary(texts, roles), Vocabulary(texts, roles))
+    wide = match(
+        Vocabulary((*texts, b"", b""), (*roles, "none", "none")),
+        Vocabulary((*texts, b"", b""), (*roles, "none", "none")),
+    )
+    g = torch.Generator().manual_seed(2)
+    student_NV, teacher_NW = torch.randn(4, 3, generator=g), torch.randn(4, 3, generator=g)
+    results = []
+    for events, n_pad in ((small, 0), (wide, 2)):
+        leaf_NV = student_NV.clone().requires_grad_()
+        padded_NV = torch.nn.functional.pad(leaf_NV, (0, n_pad), value=-torch.inf)
+        teacher_padded_NW = torch.nn.functional.pad(teacher_NW, (0, n_pad), value=-torch.inf)
+        loss_C = chunk_losses(
+            padded_NV, teacher_padded_NW, rows=one_token_rows(4, [0, 1, 2, 0]),
+            events=events, project=project, beta=0.5,
+        )  # fmt: skip
+        loss_C.sum().backward()
+        results.append((loss_C.detach(), leaf_NV.grad))
+    torch.testing.assert_close(results[0], results[1])
+    assert results[0][1] is not None and results[0][1].isfinite().all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_student_equal_to_teacher_gives_nothing(beta: float) -> None:
+    """Loss 0 and gradient 0 for every beta, one tokenizer."""
+    logits_NV = 4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+    leaf_NV = logits_NV.clone().requires_grad_()
+    loss_C = chunk_losses(
+        leaf_NV, logits_NV, rows=one_token_rows(6, [0, 1, 2, 3, 4, 2]),
+        events=SELF, project=project, beta=beta,
+    )  # fmt: skip
+    loss_C.sum().backward()
+    assert loss_C.abs().max() == 0
+    assert leaf_NV.grad is not None
+    assert leaf_NV.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_models_that_agree_on_texts_give_nothing_across_tokenizers(beta: float) -> None:
+    """The student's `hello` and the teacher's `hel` are the same statement."""
+    events = match(words("a", "hello", pieces={}), words("a", "hel", "lo"))
+    assert events.n_events == 2
+    shared = match(words("a", "hel", "hello"), words("a", "hel", "lo"))
+    student_NV = torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log()
+    teacher_NW = torch.tensor([[0.5, 0.4, 1e-30, 0.1]]).log()
+    rows = one_token_rows(1, [0])
+    loss_C = chunk_losses(
+        student_NV, teacher_NW, rows=rows, events=shared, project=project, beta=beta
+    )
+    assert loss_C.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_helping_cannot_hide_behind_hel() -> None:
+    """design: the observed chunk is an event of its own. Student: helping .5, hel .5; teacher: hel."""
+    events = match(words("hel", "helping"), words("hel", "p", "ing"))
+    student_NV = torch.tensor([[0.5, 0.5, 1e-30]]).log()
+    teacher_NW = torch.tensor([[1.0, 1e-30, 1e-30, 1e-30]]).log()
+    chunk = {"chunk_N": torch.tensor([0]), "ids_N": torch.tensor([1])}
+    teacher = {"teacher_id_C": torch.tensor([0]), "teacher_logp_C": torch.tensor([math.log(0.01)])}
+
+    def loss(*, observed: bool) -> float:
+        rows = ChunkRows(**chunk, **teacher, observed_C=torch.tensor([observed]))
+        return chunk_losses(
+            student_NV, teacher_NW, rows=rows, events=events, project=project, beta=1.0
+        ).item()
+
+    assert loss(observed=False) == pytest.approx(0, abs=1e-6)
+    expected = 0.5 * math.log(0.5 / 0.99) + 0.5 * math.log(0.5 / 0.01)
+    assert expected == pytest.approx(1.6144, abs=1e-4)
+    assert loss(observed=True) == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_has_no_event_costs_its_log() -> None:
+    events = match(words("a", "zz"), words("a", "b"))
+    student_NV = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    teacher_NW = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    loss = chunk_losses(
+        student_NV,
+        teacher_NW,
+        rows=one_token_rows(1, [0]),
+        events=events,
+        project=project,
+        beta=1.0,
+    )
+    assert loss.item() == pytest.approx(-math.log(0.7), abs=1e-6)
+
+
+def test_the_hidden_mass_has_a_gradient_up_to_1() -> None:
+    events = match(words("a", "zz"), words("a", "b"))
+    for other in (0.4, 0.6, 0.9999):
+        logits_NV = torch.tensor([[(1 - other) / 2, other, (1 - other) / 2]]).log().requires_grad_()
+        chunk_losses(
+            logits_NV, torch.tensor([[0.5, 1e-30, 0.5]]).log(), rows=one_token_rows(1, [0]),
+            events=events, project=project, beta=1.0,
+        ).sum().backward()  # fmt: skip
+        assert logits_NV.grad is not None
+        assert logits_NV.grad[0, 1].item() == pytest.approx(other, abs=1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_blockwise_equals_dense_in_value_and_gradient(block: int, softcap: float | None) -> None:
+    g = torch.Generator().manual_seed(4)
+    rows = random_rows(7, 8, 6, seed=5)
+    n = len(rows.chunk_N)
+    hidden_ND = torch.randn(n, 5, generator=g).double().requires_grad_()
+    weight_VD = torch.randn(8, 5, generator=g).double().requires_grad_()
+    teacher_hidden_CK = torch.randn(7, 3, generator=g).double()
+    teacher_head = Head(torch.randn(6, 3, generator=g).double(), None)
+    dense_C = chunk_losses(
+        Head(weight_VD, softcap).logits(hidden_ND),
+        teacher_head.logits(teacher_hidden_CK),
+        rows=rows,
+        events=PAIR,
+        project=project,
+        beta=0.5,
+    )
+    weight = 0.25
+    dense = torch.autograd.grad(3 * weight * dense_C.sum(), [hidden_ND, weight_VD])
+    ours = gold_loss(
+        hidden_ND,
+        teacher_hidden_CK,
+        student_head=Head(weight_VD, softcap),
+        teacher_head=teacher_head,
+        rows=rows,
+        events=PAIR,
+        project=project,
+        beta=0.5,
+        weight=weight,
+        block=block,
+    )
+    blockwise = torch.autograd.grad(3 * ours.total, [hidden_ND, weight_VD])
+    torch.testing.assert_close(ours.loss_C, dense_C.detach())
+    torch.testing.assert_close(ours.total.detach(), weight * dense_C.sum().detach())
+    for got, want in zip(blockwise, dense, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+def random_losses(events: Events, student_NV: Tensor, teacher_CW: Tensor, beta: float) -> Tensor:
+    rows = random_rows(len(teacher_CW), student_NV.shape[1], teacher_CW.shape[1], seed=6)
+    return chunk_losses(
+        student_NV[: len(rows.chunk_N)], teacher_CW, rows=rows, events=events,
+        project=project, beta=beta,
+    )  # fmt: skip
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(BETAS), st.sampled_from([0.1, 1.0, 30.0]))
+def test_never_negative_and_always_finite(seed: int, beta: float, scale: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    student_NV = scale * torch.randn(15, 8, generator=g)
+    teacher_CW = scale * torch.randn(5, 6, generator=g)
+    student_NV[0, 1:] = -torch.inf  # one-hot
+    student_NV[1] *= 1e4
+    student_NV.requires_grad_()
+    loss_C = random_losses(PAIR, student_NV, teacher_CW, beta)
+    loss_C.sum().backward()
+    assert loss_C.min() >= -1e-6
+    assert loss_C.isfinite().all()
+    assert student_NV.grad is not None and student_NV.grad.isfinite().all()
+
+
+PROBS = st.lists(st.floats(1e-6, 1.0), min_size=4, max_size=4)
+
+
+@given(PROBS, PROBS, st.sampled_from(BETAS))
+def test_divergence_equals_the_plain_sum(s: list[float], t: list[float], beta: float) -> None:
+    student, teacher = ([x / sum(p) for x in p] for p in (s, t))
+    ours = divergence(
+        torch.tensor([student], dtype=torch.float64),
+        torch.tensor([teacher], dtype=torch.float64),
+        beta=beta,
+    ).item()
+    end = round(beta) if min(beta, 1 - beta) < 1e-3 else beta
+    assert ours == pytest.approx(divergence_of(student, teacher, end), abs=1e-9)
+
+
+@given(PROBS, PROBS, st.sampled_from(BETAS))
+def test_merging_events_never_raises_it(s: list[float], t: list[float], beta: float) -> None:
+    student, teacher = (torch.tensor([p], dtype=torch.float64) / sum(p) for p in (s, t))
+    merged = [torch.cat([p[:, :1] + p[:, 1:2], p[:, 2:]], dim=1) for p in (student, teacher)]
+    assert (
+        divergence(merged[0], merged[1], beta=beta)
+        <= divergence(student, teacher, beta=beta) + 1e-12
+    )
+
+
+@given(PROBS, PROBS)
+def test_continuous_in_beta(s: list[float], t: list[float]) -> None:
+    student, teacher = (torch.tensor([p], dtype=torch.float64) / sum(p) for p in (s, t))
+    for inner, end in ((0.0011, 0.0), (0.9989, 1.0)):
+        at_end = divergence(student, teacher, beta=end).item()
+        near = divergence(student, teacher, beta=inner).item()
+        assert near == pytest.approx(at_end, rel=0.5, abs=1e-6)
+
+
+def test_the_ends_are_the_two_kls_with_the_names_of_the_docs() -> None:
+    student, teacher = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.4, 0.6]])
+    forward = 0.4 * math.log(0.4 / 0.9) + 0.6 * math.log(0.6 / 0.1)
+    reverse = 0.9 * math.log(0.9 / 0.4) + 0.1 * math.log(0.1 / 0.6)
+    assert divergence(student, teacher, beta=0).item() == pytest.approx(forward, abs=1e-6)
+    assert divergence(student, teacher, beta=1).item() == pytest.approx(reverse, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan])
+def test_beta_out_of_range_is_refused(beta: float) -> None:
+    with pytest.raises(ValueError, match="beta between 0"):
+        divergence(torch.ones(1, 1), torch.ones(1, 1), beta=beta)
+
+
+def test_low_precision_is_not_worse_than_the_input_rounding() -> None:
+    g = torch.Generator().manual_seed(8)
+    student_NV, teacher_CW = torch.randn(15, 8, generator=g), torch.randn(5, 6, generator=g)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = random_losses(PAIR, student_NV.to(dtype), teacher_CW.to(dtype), 0.5)
+        exact = random_losses(
+            PAIR, student_NV.to(dtype).double(), teacher_CW.to(dtype).double(), 0.5
+        )
+        torch.testing.assert_close(rounded, exact.float(), atol=1e-5, rtol=1e-5)

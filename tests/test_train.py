@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole step on tiny models: both sides read right, masks, denominators, files."""
+
+import dataclasses
+import json
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minigold.batch import Rollout, needed_states
+from minigold.config import Config
+from minigold.data import Prompt
+from minigold.events import project
+from minigold.load import LanguageModel
+from minigold.loss import ChunkRows, chunk_losses
+from minigold.offsets import CUT, SPECIAL
+from minigold.teacher import score
+from minigold.train import (
+    Pair,
+    batches_of,
+    collect,
+    distill,
+    learning_rate,
+    make_pair,
+    sample_answers,
+    take_step,
+    train_pass,
+)
+from reference_losses import gkd
+from tiny_models import new_decoder, tiny_model
+from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
+
+CONFIG = Config(
+    steps=3, batch_size=6, micro_batch=4, max_new_tokens=14, lr=1e-3, warmup=2,
+    student_plain=True, teacher_plain=True, where="all", max_overhang=1.0,
+)  # fmt: skip
+
+
+def prompt_of(text: str, **fields: Any) -> Prompt:
+    defaults = {"completion": None, "teacher_prompt": None, "answer": None, "extra": {}, "line": 1}
+    return Prompt(prompt=text, **{**defaults, **fields})
+
+
+PROMPTS = [prompt_of(t) for t in ("hello", "the fox", "def add", "Paris is", "x", "naïve 日本")]
+
+
+@lru_cache(maxsize=1)
+def cross_pair() -> Pair:
+    """Gemma 3 with SentencePiece taught by Llama with byte-level BPE; two stops on each side."""
+    student = tiny_model("gemma3_text", sentencepiece_bpe(), end="</s>", extra_ends=("<s>",), seed=1)
+    teacher = tiny_model(
+        "llama", byte_bpe(), end="<|im_end|>", extra_ends=("<|endoftext|>",), seed=2
+    )
+    return make_pair(student, teacher)
+
+
+def rollouts_of(pair: Pair, config: Config = CONFIG, number: int = 1) -> list[Rollout]:
+    answers, side = sample_answers(pair, PROMPTS, config, number=number)
+    return collect(pair, answers, side, config)
+
+
+def all_chosen(rollouts: list[Rollout]) -> list[np.ndarray]:
+    return [np.ones(len(r.chunks.s0), dtype=bool) for r in rollouts]
+
+
+def gradient_of(pair: Pair, rollouts: list[Rollout], chosen: list[Any], config: Config) -> Tensor:
+    decoder = pair.student.decoder
+    decoder.zero_grad(set_to_none=True)
+    train_pass(pair, rollouts, chosen, config)
+    parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in decoder.parameters()]
+    decoder.zero_grad(set_to_none=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def token_logps(model: LanguageModel, prompt: list[int], ids: list[int]) -> list[float]:
+    """One token at a time, the plain way: what comes after all ids so far."""
+    out = []
+    with torch.no_grad():
+        for i, token in enumerate(ids):
+            hidden_1SD = model.decoder(torch.tensor([[*prompt, *ids[:i]]]))
+            out.append(float(model.decoder.head.logits(hidden_1SD[0, -1]).log_softmax(-1)[token]))
+    return out
+
+
+def test_both_sides_score_each_token_given_what_stands_before_it() -> None:
+    pair = cross_pair()
+    for r in rollouts_of(pair):
+        a = r.answer
+        ours = token_logps(pair.teacher, a.teacher_prompt_ids, a.teacher_ids)
+        np.testing.assert_allclose(r.score.logp_T.numpy(), ours, atol=1e-4)
+        hidden = pair.teacher.decoder(torch.tensor([a.teacher_prompt_ids + a.teacher_ids]))
+        logp_W = pair.teacher.decoder.head.logits(hidden[0, -1]).log_softmax(-1)
+        ends = torch.logsumexp(logp_W[list(pair.teacher.eos_ids)], 0)
+        assert r.score.end_logp == pytest.approx(ends.item(), abs=1e-4)
+        assert len(r.score.hidden_TD) == len(a.teacher_ids) + 1
+
+
+def test_chunks_cover_all_tokens_and_add_their_logps_up() -> None:
+    pair = cross_pair()
+    rollouts = [r for n in range(1, 6) for r in rollouts_of(pair, number=n)]
+    assert {len(r.answer.ids) == CONFIG.max_new_tokens for r in rollouts} == {True, False}
+    for r in rollouts:
+        a, c = r.answer, r.chunks
+        if not len(c.s0):
+            continue
+        assert c.s0[0] == c.t0[0] == 0
+        assert c.s1[-1] == len(a.ids)
+        assert c.t1[-1] == len(a.teacher_ids) + a.finished
+        assert (c.s1[:-1] == c.s0[1:]).all()
+        assert (c.t1[:-1] == c.t0[1:]).all()
+        ours = token_logps(pair.student, a.prompt_ids, a.ids)
+        theirs = [*r.score.logp_T.tolist(), r.score.end_logp]
+        for k in np.flatnonzero(r.scorable_C):
+            assert r.student_logp_C[k] == pytest.approx(sum(ours[c.s0[k] : c.s1[k]]), abs=1e-3)
+            assert r.teacher_logp_C[k] == pytest.approx(sum(theirs[c.t0[k] : c.t1[k]]), abs=1e-3)
+        assert np.isnan(r.teacher_logp_C[~r.scorable_C]).all()
+
+
+def test_a_finished_answer_ends_in_an_eos_chunk_and_a_cut_one_does_not() -> None:
+    pair = cross_pair()
+    rollouts = [r for n in range(1, 40) for r in rollouts_of(pair, number=n)]
+    kinds = set()
+    for r in rollouts:
+        last = int(r.chunks.flaw[-1]) if len(r.chunks.flaw) else -1
+        own_end = r.answer.ids[-1] == pair.student.end_id
+        kind = ("end" if own_end else "other") if r.answer.finished else "cut"
+        kinds.add(kind)
+        if kind == "end":
+            assert last == 0
+            assert r.chunks.start[-1] == r.chunks.end[-1] == len(r.answer.text.encode())
+            assert not r.observed_C[-1]
+        elif kind == "other":
+            assert last == SPECIAL
+        else:
+            assert last not in (0, -1) and (last == CUT or r.chunks.flaw[-1] > 0)
+    assert kinds == {"end", "other", "cut"}
+
+
+def test_fixed_answers_are_read_by_the_student_too() -> None:
+    pair = cross_pair()
+    fixed = [prompt_of("hello", completion=" the quick brown fox. héllo")]
+    config = dataclasses.replace(CONFIG, lmbda=0.0)
+    answers, side = sample_answers(pair, fixed, config, number=1)
+    (r,) = collect(pair, answers, side, config)
+    assert r.answer.text == fixed[0].completion
+    assert not r.answer.on_policy and r.answer.ids[-1] == pair.student.end_id
+    ours = token_logps(pair.student, r.answer.prompt_ids, r.answer.ids)
+    assert r.student_logp_C.sum() == pytest.approx(sum(ours), abs=1e-3)
+    own = score(
+        pair.student.decoder, [(r.answer.prompt_ids, r.answer.ids)], end_ids=[pair.student.end_id],
+        side=pair.events.student, n_events=pair.events.n_events,
+    )  # fmt: skip
+    np.testing.assert_allclose(own[0].logp_T.numpy(), ours, atol=1e-4)
+
+
+def test_one_side_of_fixed_and_sampled_rows_mixes_by_lmbda() -> None:
+    pair = cross_pair()
+    prompts = [prompt_of("hello", completion=" dog")] * 60
+    config = dataclasses.replace(CONFIG, lmbda=0.5, max_new_tokens=1)
+    answers, _ = sample_answers(pair, prompts, config, number=1)
+    share = sum(a.on_policy for a in answers) / 60
+    assert 0.3 < share < 0.7
+
+
+def test_the_teacher_reads_its_own_prompt() -> None:
+    pair = cross_pair()
+    prompts = [prompt_of("hello", teacher_prompt="the answer is dog. hello")]
+    answers, _ = sample_answers(pair, prompts, CONFIG, number=1)
+    ids = answers[0].teacher_prompt_ids
+    assert pair.teacher.tokenizer.decode(ids) == "the answer is dog. hello"
+    assert pair.student.tokenizer.decode(answers[0].prompt_ids) == "hello"
+    assert answers[0].prompt_ids[0] == pair.student.tokenizer.token_to_id("<s>")
+
+
+def dense_gradient(pair: Pair, rollouts: list[Rollout], chosen: list[Any], beta: float) -> Tensor:
+    """One row, one chunk at a time, no cutting, no blocks: sum over chosen chunks."""
+    decoder = pair.student.decoder
+    decoder.zero_grad(set_to_none=True)
+    total = torch.zeros(())
+    for r, mask in zip(rollouts, chosen, strict=True):
+        a, c = r.answer, r.chunks
+        hidden_SD = decoder(torch.tensor([a.prompt_ids + a.ids]))[0]
+        teacher_SD = pair.teacher.decoder(torch.tensor([a.teacher_prompt_ids + a.teacher_ids]))[0]
+        for k in np.flatnonzero(mask).tolist():
+            last = int(c.s1[k]) if r.observed_C[k] else int(c.s0[k]) + 1
+            at = len(a.prompt_ids) - 1 + int(c.s0[k])
+            rows = ChunkRows(
+                torch.zeros(last - int(c.s0[k]), dtype=torch.int64),
+                torch.tensor(a.ids[c.s0[k] : last]),
+                torch.tensor([[*a.teacher_ids, pair.teacher.end_id][c.t0[k]]]),
+                torch.tensor([np.nan_to_num(r.teacher_logp_C[k])], dtype=torch.float32),
+                torch.tensor([bool(r.observed_C[k])]),
+            )
+            loss_C = chunk_losses(
+                decoder.head.logits(hidden_SD[at : at + last - int(c.s0[k])]),
+                pair.teacher.decoder.head.logits(
+                    teacher_SD[len(a.teacher_prompt_ids) - 1 + int(c.t0[k])][None]
+                ),
+                rows=rows, events=pair.events, project=project, beta=beta,
+            )  # fmt: skip
+            total = total + loss_C.sum()
+    total.backward()
+    parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in decoder.parameters()]
+    decoder.zero_grad(set_to_none=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.05])
+def test_the_saved_work_changes_no_gradient(share: float) -> None:
+    pair = cross_pair()
+    rollouts = rollouts_of(pair)
+    rng = np.random.default_rng(0)
+    chosen = [rng.random(len(r.chunks.s0)) < share for r in rollouts]
+    chosen[0][:] = False
+    chosen[1][0] = True
+    assert any(r.observed_C[m].any() for r, m in zip(rollouts, chosen, strict=True)) or share < 1
+    n_chosen = sum(int(m.sum()) for m in chosen)
+    n_chunks = sum(len(m) for m in chosen)
+    want = dense_gradient(pair, rollouts, chosen, 0.5) / max(n_chosen, 0.05 * n_chunks)
+    got = gradient_of(pair, rollouts, chosen, CONFIG)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-4)
+
+
+def test_accumulated_equals_one_big_step() -> None:
+    pair = cross_pair()
+    rollouts = rollouts_of(pair)
+    chosen = all_chosen(rollouts)
+    big = gradient_of(pair, rollouts, chosen, dataclasses.replace(CONFIG, micro_batch=100))
+    assert big.abs().max() > 1e-3
+    for size in (1, 2, 4):
+        config = dataclasses.replace(CONFIG, micro_batch=size)
+        small = gradient_of(pair, rollouts, chosen, config)
+        torch.testing.assert_close(small, big, atol=2e-6, rtol=1e-4)
+
+
+@lru_cache(maxsize=1)
+def same_pair() -> Pair:
+    """One tokenizer, two models of different families."""
+    student = tiny_model("llama", byte_bpe(), end="<|im_end|>", extra_ends=("<|endoftext|>",), seed=3)
+    teacher = tiny_model("qwen3", byte_bpe(), end="<|im_end|>", extra_ends=("<|endoftext|>",), seed=4)
+    return make_pair(student, teacher)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_one_tokenizer_is_gkd_from_end_to_end(beta: float) -> None:
+    pair = same_pair()
+    assert pair.events.identical
+    config = dataclasses.replace(CONFIG, beta=beta)
+    rollouts = rollouts_of(pair, config)
+    decoder = pair.student.decoder
+    decoder.zero_grad(set_to_none=True)
+    total, count = torch.zeros(()).double(), 0
+    for r in rollouts:
+        a = r.answer
+        assert a.teacher_ids == a.ids
+        states = slice(len(a.prompt_ids) - 1, len(a.prompt_ids) - 1 + len(a.ids))
+        student_NV = decoder.head.logits(decoder(torch.tensor([a.prompt_ids + a.ids]))[0, states])
+        with torch.no_grad():
+            hidden = pair.teacher.decoder(torch.tensor([a.teacher_prompt_ids + a.ids]))
+            teacher_NV = pair.teacher.decoder.head.logits(hidden[0, states])
+        total = total + gkd(student_NV, teacher_NV, beta).sum()
+        count += len(a.ids)
+    (total / count).backward()
+    want = torch.cat([p.grad.flatten() for p in decoder.parameters() if p.grad is not None])
+    got = gradient_of(pair, rollouts, all_chosen(rollouts), config)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+    decoder.zero_grad(set_to_none=True)
+    value = train_pass(pair, rollouts, all_chosen(rollouts), config).loss
+    decoder.zero_grad(set_to_none=True)
+    assert value == pytest.approx((total / count).item(), abs=1e-6)
+
+
+def test_a_student_that_is_its_teacher_learns_nothing() -> None:
+    model = same_pair().student
+    pair = make_pair(model, model)
+    rollouts = rollouts_of(pair)
+    for beta in (0.0, 0.3, 1.0):
+        config = dataclasses.replace(CONFIG, beta=beta)
+        assert gradient_of(pair, rollouts, all_chosen(rollouts), config).abs().max() < 1e-6
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in model.decoder.parameters()]
+    step = take_step(
+        pair, optimizer, PROMPTS, dataclasses.replace(CONFIG, where="reject"), number=1
+    )
+    assert step.metrics["trained_fraction"] == 0
+    assert step.metrics["work_saved"] == 1
+    assert step.metrics["reverse_kl_per_byte"] == pytest.approx(0, abs=1e-4)
+    pairs = zip(before, model.decoder.parameters(), strict=True)
+    assert all(torch.equal(old, new) for old, new in pairs)
+
+
+def test_masks_count_only_what_is_compared() -> None:
+    pair = cross_pair()
+    optimizer = torch.optim.SGD(pair.student.decoder.parameters(), lr=0.0)
+    config = dataclasses.replace(CONFIG, max_overhang=0.05)
+    step = take_step(pair, optimizer, PROMPTS, config, number=1)
+    over = sum(int((r.overhang_C > 0.05).sum()) for r in step.rollouts)
+    chunks = step.metrics["chunks"]
+    assert over > 0
+    assert step.metrics["overhang_fraction"] == pytest.approx(over / chunks)
+    assert step.metrics["trained_fraction"] == pytest.approx(1 - over / chunks)
+    for r in step.rollouts:
+        assert r.overhang_C[0] == 0 or not len(r.overhang_C)
+
+
+def test_overhang_is_that_of_the_token_before_the_chunk() -> None:
+    for r in rollouts_of(cross_pair()):
+        for k in range(1, len(r.chunks.s0)):
+            ours = r.student_measures_S4[r.chunks.s0[k] - 1, 0]
+            theirs = r.teacher_measures_T4[r.chunks.t0[k] - 1, 0]
+            assert r.overhang_C[k] == pytest.approx(max(ours, theirs))
+
+
+def test_needed_states_end_with_the_last_chosen_chunk() -> None:
+    for r in rollouts_of(cross_pair()):
+        n = len(r.chunks.s0)
+        assert needed_states(r, np.zeros(n, dtype=bool)) == 0
+        for k in range(n):
+            mask = np.zeros(n, dtype=bool)
+            mask[: k + 1] = True
+            last = r.chunks.s1[k] if r.observed_C[k] else r.chunks.s0[k] + 1
+            assert needed_states(r, mask) == last
+
+
+def test_learning_rate_warms_up_and_ends_at_a_tenth() -> None:
+    config = Config(steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(n, config) for n in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1.0 == max(rates)
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert learning_rate(1, Config(steps=5, warmup=0, lr=1.0)) <= 1.0
+
+
+def test_every_prompt_once_an_epoch() -> None:
+    config = Config(batch_size=4, steps=6)
+    batches = batches_of(PROMPTS, config)
+    drawn = [next(batches) for _ in range(6)]
+    lines = [id(p) for batch in drawn for p in batch]
+    for epoch in range(4):
+        assert sorted(lines[6 * epoch : 6 * epoch + 6]) == sorted(id(p) for p in PROMPTS)
+    assert lines[:6] != lines[6:12] or lines[:6] != lines[12:18]
+
+
+def fresh_pair() -> tuple[LanguageModel, LanguageModel]:
+    pair = cross_pair()
+    student = dataclasses.replace(pair.student, decoder=new_decoder("gemma3_text", pair.student.n_tokens))
+    return student, pair.teacher
+
+
+def test_training_is_deterministic_and_comes_nearer_to_the_teacher() -> None:
+    runs = []
+    for _ in range(2):
+        student, teacher = fresh_pair()
+        config = dataclasses.replace(CONFIG, steps=15, lr=1e-2, where="sampled", batch_size=12)
+        history = distill(student, teacher, PROMPTS, config)
+        runs.append(([m["loss"] for m in history], student.decoder.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[0][1][k], runs[1][1][k]) for k in runs[0][1])
+    losses = runs[0][0]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_the_teacher_stays_as_it_is() -> None:
+    student, teacher = fresh_pair()
+    before = [p.detach().clone() for p in teacher.decoder.parameters()]
+    distill(student, teacher, PROMPTS, dataclasses.replace(CONFIG, steps=1, warmup=0))
+    pairs = zip(before, teacher.decoder.parameters(), strict=True)
+    assert all(torch.equal(old, new) and new.grad is None for old, new in pairs)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
+    student, teacher = fresh_pair()
+    with torch.no_grad():
+        student.decoder.model.norm.weight.fill_(1e38)
+    before = student.decoder.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="finite loss and gradient"):
+        distill(student, teacher, PROMPTS, CONFIG)
+    assert torch.equal(student.decoder.model.embed_tokens.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        (PROMPTS, {"lmbda": 0.5}, "prompts with `completion` for --lmbda 0.5"),
+        ([prompt_of("hello " * 300, line=7)], {}, "line 7: expected 1 to 186 tokens for the student"),
+        ([prompt_of("x")], {"student_plain": False}, "line 1, student: .*--student-plain"),
+        ([prompt_of("x", teacher_prompt="")], {}, "line 1"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(
+    prompts: list[Prompt], changes: dict[str, Any], message: str
+) -> None:
+    pair = cross_pair()
+    with pytest.raises(ValueError, match=message):
+        distill(pair.student, pair.teacher, prompts, dataclasses.replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps at least 1, got 0"),
+        ({"beta": 1.5}, "--beta from 0 to 1, got 1.5"),
+        ({"lr": 0.0}, "--lr above 0"),
+        ({"top_p": 0.0}, "--top-p above 0"),
+        ({"clip": -1.0}, "--clip at least 0"),
+        ({"lmbda": math.nan}, "--lmbda from 0 to 1"),
+        ({"events": "strict"}, "not built yet"),
+        ({"where": "soft-or"}, "not built yet"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def test_metrics_are_numbers_of_json() -> None:
+    pair = cross_pair()
+    optimizer = torch.optim.SGD(pair.student.decoder.parameters(), lr=0.0)
+    step = take_step(pair, optimizer, PROMPTS, CONFIG, number=1)
+    for key, value in json.loads(json.dumps(step.metrics)).items():
+        assert value is None or isinstance(value, (int, float, dict)), key
+    m = step.metrics
+    assert m["eos_rate"] + m["clipped_rate"] == 1
+    assert m["disagreement_share"] == pytest.approx(1)
+    assert m["work_saved"] == pytest.approx(0)
+    parts = m["seconds_sample"] + m["seconds_teacher"] + m["seconds_train"]
+    assert m["seconds"] == pytest.approx(parts)
