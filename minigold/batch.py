@@ -8,7 +8,7 @@ pass runs no further than the last chosen chunk of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,22 @@ from torch import Tensor
 from minigold.align import Chunks, align
 from minigold.data import Prompt
 from minigold.events import Events
-from minigold.loss import ChunkRows
-from minigold.offsets import CUT, SPECIAL, encode_continuation, spans_of_ids, spans_of_text, text_of_ids
-from minigold.teacher import Score
+from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows
+from minigold.offsets import (
+    CUT,
+    EXACT,
+    SPECIAL,
+    encode_continuation,
+    spans_of_ids,
+    spans_of_text,
+    text_of_ids,
+)
+from minigold.teacher import Carried, Score
 
-__all__ = ["Answer", "Rollout", "answer_of", "needed_states", "pack", "rollout_of"]
+__all__ = ["Answer", "Rollout", "answer_of", "head_rows", "needed_states", "pack", "rollout_of"]
 
 Array = npt.NDArray[Any]
+CARRY_FROM = 0.01  # smaller overhangs are not worth another row of the head
 TEXTLESS = Chunks(*(np.zeros(0, dtype=np.int64) for _ in Chunks._fields))
 
 
@@ -39,9 +48,9 @@ class Answer:
         prompt_ids: of the student.
         ids: of the student; the last one is a stop id if `finished`.
         text: what the ids without the stop id say.
-        spans, teacher_spans: [n, 3] as in `offsets`, of the text's tokens.
         teacher_prompt_ids, teacher_ids: what the teacher reads.
         noncanonical: sampled tokens whose span is not in the encoding of their own text.
+        chunks: C chunks, the end of turn included.
     """
 
     prompt: Prompt
@@ -50,11 +59,10 @@ class Answer:
     finished: bool
     on_policy: bool
     text: str
-    spans: Array
     teacher_prompt_ids: list[int]
     teacher_ids: list[int]
-    teacher_spans: Array
     noncanonical: int
+    chunks: Chunks
 
 
 @dataclass(frozen=True)
@@ -62,23 +70,35 @@ class Rollout:
     """One answer as both models see it; C chunks, the end of turn included.
 
     Args:
-        student_logp_C, teacher_logp_C: float64, nats; -inf..0, NaN where not scorable.
+        student_logp_C, teacher_logp_C: float64, nats; NaN where not scorable. That the text goes on
+            with the chunk's bytes, given the bytes before it: the sum of its tokens', with the
+            longer tokens over its end added and those over its start left behind (overhang). All
+            chunks of a text still add up to the sum of all tokens.
         scorable_C: bool, the chunk has a log-probability on both sides.
         observed_C: bool, its probability becomes an event of its own.
-        overhang_C: float64, the larger of the two sides' overhang at the chunk's start.
-        student_measures_S4, teacher_measures_T4: `events.measure` of each token.
+        student_overhang_C, teacher_overhang_C: float64, 0 to 1, at the chunk's start.
+        student_measures_S5, teacher_measures_T5: `events.measure` of each token.
     """
 
     answer: Answer
     score: Score
-    chunks: Chunks
     student_logp_C: Array
     teacher_logp_C: Array
     scorable_C: Array
     observed_C: Array
-    overhang_C: Array
-    student_measures_S4: Array
-    teacher_measures_T4: Array
+    student_overhang_C: Array
+    teacher_overhang_C: Array
+    student_measures_S5: Array
+    teacher_measures_T5: Array
+
+    @property
+    def chunks(self) -> Chunks:
+        return self.answer.chunks
+
+    @property
+    def overhang_C(self) -> Array:
+        """The larger of the two sides."""
+        return np.maximum(self.student_overhang_C, self.teacher_overhang_C)
 
 
 def answer_of(
@@ -91,11 +111,14 @@ def answer_of(
     teacher_prompt_ids: list[int],
     student_tokenizer: Tokenizer,
     teacher_tokenizer: Tokenizer,
+    end_id: int,
     identical: bool,
 ) -> Answer:
-    """Reads the student's ids as text and gives the text to the teacher's tokenizer.
+    """Reads the student's ids as text, gives the text to the teacher's tokenizer, and aligns both.
 
-    With identical tokenizers the teacher reads the student's own ids, as GKD does.
+    With identical tokenizers the teacher reads the student's own ids, as GKD does, and every token
+    is a chunk. A stop id that is not the student's own `end_id` is `SPECIAL`; the last chunk of an
+    answer that was cut off is `CUT`, since the teacher expected the word to go on.
     """
     said = ids[:-1] if finished else ids
     text = text_of_ids(student_tokenizer, said)
@@ -103,41 +126,34 @@ def answer_of(
     own = {(a, b) for a, b, _ in spans_of_text(student_tokenizer, text).tolist()}
     noncanonical = sum((a, b) not in own for a, b, _ in spans.tolist())
     if identical:
-        teacher_ids, teacher_spans = list(ids), spans
+        teacher_ids, chunks = list(ids), _one_per_token(spans, finished=finished)
     else:
         teacher_ids, teacher_spans = encode_continuation(teacher_tokenizer, text)
+        chunks = align(spans, teacher_spans) if len(spans) and teacher_ids else TEXTLESS
+        if finished:
+            flaw = EXACT if ids[-1] == end_id else SPECIAL
+            chunks = _with_end(chunks, len(spans), len(teacher_ids), len(text.encode("utf-8")), flaw)
+        elif len(chunks.flaw) and chunks.flaw[-1] == EXACT:
+            chunks = chunks._replace(flaw=np.append(chunks.flaw[:-1], CUT))
     return Answer(
-        prompt, prompt_ids, ids, finished, on_policy, text, spans,
-        teacher_prompt_ids, teacher_ids, teacher_spans, noncanonical,
+        prompt, prompt_ids, ids, finished, on_policy, text, teacher_prompt_ids, teacher_ids,
+        noncanonical, chunks,
     )  # fmt: skip
 
 
-def chunks_of(answer: Answer, *, end_id: int, identical: bool) -> Chunks:
-    """The chunks of an answer: its text, then the end of turn if it finished.
-
-    With identical tokenizers every token is a chunk. A stop id that is not the student's own
-    end of turn is `SPECIAL`; the last chunk of an answer that was cut off is `CUT`, since the
-    teacher expected the word to go on.
-    """
-    n, m = len(answer.spans), len(answer.teacher_ids)
-    size = len(answer.text.encode("utf-8"))
-    if identical:
-        return _one_per_token(answer.spans, len(answer.ids), size)
-    chunks = align(answer.spans, answer.teacher_spans) if n and m else TEXTLESS
-    if answer.finished:
-        flaw = 0 if answer.ids[-1] == end_id else SPECIAL
-        end = (n, n + 1, m, m + 1, size, size, flaw)
-        return Chunks(*(np.append(column, x) for column, x in zip(chunks, end, strict=True)))
-    if len(chunks.flaw) and chunks.flaw[-1] == 0:
-        return chunks._replace(flaw=np.append(chunks.flaw[:-1], CUT))
-    return chunks
+def _with_end(chunks: Chunks, n_student: int, n_teacher: int, size: int, flaw: int) -> Chunks:
+    """The chunks, and one for the end of turn."""
+    end = (n_student, n_student + 1, n_teacher, n_teacher + 1, size, size, flaw)
+    return Chunks(*(np.append(column, x) for column, x in zip(chunks, end, strict=True)))
 
 
-def _one_per_token(spans: Array, n: int, size: int) -> Chunks:
-    starts = np.append(spans[:, 0], size)[:n]
-    ends = np.append(spans[:, 1], size)[:n]
-    token = np.arange(n, dtype=np.int64)
-    return Chunks(token, token + 1, token, token + 1, starts, ends, np.zeros(n, dtype=np.int64))
+def _one_per_token(spans: Array, *, finished: bool) -> Chunks:
+    """With identical tokenizers: flaws do not matter, since both sides have the same ids."""
+    token = np.arange(len(spans), dtype=np.int64)
+    start, end = spans[:, 0], spans[:, 1]
+    chunks = Chunks(token, token + 1, token, token + 1, start, end, np.zeros_like(token))
+    size = int(end.max(initial=0))
+    return _with_end(chunks, len(spans), len(spans), size, EXACT) if finished else chunks
 
 
 def rollout_of(
@@ -145,54 +161,65 @@ def rollout_of(
     score: Score,
     *,
     student_logp_S: Array,
-    student_measures_S4: Array,
+    student_measures_S5: Array,
     events: Events,
-    end_id: int,
 ) -> Rollout:
-    """Aligns an answer and adds its tokens' log-probabilities up by chunk."""
-    chunks = chunks_of(answer, end_id=end_id, identical=events.identical)
-    teacher_logp = np.append(score.logp_T.double().numpy(), score.end_logp)
+    """Adds the tokens' log-probabilities of both sides up by chunk."""
+    chunks = answer.chunks
     scorable_C = chunks.flaw == 0
-    if len(scorable_C) == 0:
-        student_logp_C = teacher_logp_C = np.zeros(0)
-    else:
-        student_logp_C = np.add.reduceat(student_logp_S.astype(np.float64), chunks.s0)
-        teacher_logp_C = np.add.reduceat(teacher_logp[: chunks.t1[-1]], chunks.t0)
-    teacher_measures_T4 = score.measures_T4.double().numpy()
+    teacher_logp = np.append(score.logp_T.double().numpy(), score.end_logp)
+    teacher_measures_T5 = score.measures_T5.double().numpy()
+    student_overhang_C = _overhangs(student_measures_S5, chunks)
+    teacher_overhang_C = np.array(
+        [float(score.carried[t].mass_K.sum()) if t in score.carried else 0.0 for t in chunks.t0]
+    )
+    student_logp_C = _chunk_logps(
+        student_logp_S.astype(np.float64), chunks.s0, chunks.s1, student_overhang_C
+    )
+    teacher_logp_C = _chunk_logps(teacher_logp, chunks.t0, chunks.t1, teacher_overhang_C)
     return Rollout(
         answer,
         score,
-        chunks,
         np.where(scorable_C, student_logp_C, np.nan),
         np.where(scorable_C, teacher_logp_C, np.nan),
         scorable_C,
-        scorable_C & ~_is_one_event(answer, chunks, events, end_id),
-        np.maximum(
-            _before(student_measures_S4[:, 0], chunks.s0), _before(teacher_measures_T4[:, 0], chunks.t0)
-        ),
-        student_measures_S4,
-        teacher_measures_T4,
+        scorable_C & ~_is_one_event(answer, chunks, events),
+        student_overhang_C,
+        teacher_overhang_C,
+        student_measures_S5,
+        teacher_measures_T5,
     )
 
 
-def _is_one_event(answer: Answer, chunks: Chunks, events: Events, end_id: int) -> Array:
+def _overhangs(measures_S5: Array, chunks: Chunks) -> Array:
+    """Of the student, at the start of each chunk: by the last token before it."""
+    inside_C = (chunks.s1 - chunks.s0 > 1).astype(np.int64)
+    after_C = measures_S5[chunks.s1 - 1, inside_C]
+    return np.concatenate(([0.0], after_C))[:-1]
+
+
+def _chunk_logps(logp: Array, first_C: Array, stop_C: Array, overhang_C: Array) -> Array:
+    """Sum of each chunk's tokens, longer tokens over its end added, those over its start left."""
+    if len(first_C) == 0:
+        return np.zeros(0)
+    sums_C = np.add.reduceat(np.append(logp, 0.0), np.stack((first_C, stop_C), axis=1).ravel())[::2]
+    stays_C = np.log1p(-overhang_C.clip(max=1 - 1e-15))
+    return np.where(first_C < stop_C, sums_C, 0.0) + stays_C - np.append(stays_C[1:], 0.0)
+
+
+def _is_one_event(answer: Answer, chunks: Chunks, events: Events) -> Array:
     """bool [C]: one token on each side, and both stand for the same event by themselves."""
     if events.identical:
         return np.ones(len(chunks.s0), dtype=bool)
-    student, teacher = events.student, events.teacher
     single_C = (chunks.s1 - chunks.s0 == 1) & (chunks.t1 - chunks.t0 == 1)
     at_end_C = chunks.t0 == len(answer.teacher_ids)
     student_C = torch.tensor(answer.ids, dtype=torch.int64)[torch.as_tensor(chunks.s0)]
     teacher_T = torch.tensor([*answer.teacher_ids, 0], dtype=torch.int64)
     teacher_C = teacher_T[torch.as_tensor(chunks.t0)]
+    student, teacher = events.student, events.teacher
     same_C = student.event_V.cpu()[student_C] == teacher.event_V.cpu()[teacher_C]
     both_C = student.shared_V.cpu()[student_C] & teacher.shared_V.cpu()[teacher_C]
     return at_end_C | (single_C & (same_C & both_C).numpy())
-
-
-def _before(overhang_S: Array, first_C: Array) -> Array:
-    """The overhang of the token that ends where each chunk starts; 0 at the start."""
-    return np.concatenate([[0.0], overhang_S])[first_C]
 
 
 def needed_states(rollout: Rollout, chosen_C: Array) -> int:
@@ -202,6 +229,12 @@ def needed_states(rollout: Rollout, chosen_C: Array) -> int:
         return 0
     last = np.where(rollout.observed_C, rollout.chunks.s1 - 1, rollout.chunks.s0)
     return int(last[picked].max()) + 1
+
+
+def head_rows(rollout: Rollout) -> Array:
+    """int64 [C], how often the student's head runs for each chunk if it is chosen."""
+    own_C = np.where(rollout.observed_C, rollout.chunks.s1 - rollout.chunks.s0, 1)
+    return own_C + (rollout.student_overhang_C > CARRY_FROM)
 
 
 def pack(
@@ -218,37 +251,56 @@ def pack(
         states: the student's completion states of each rollout (`needed_states` of them).
     """
     student, teacher = [], []
-    rows: list[int] = []
-    ids: list[int] = []
-    teacher_ids: list[int] = []
-    logps: list[float] = []
-    observed: list[bool] = []
+    table: list[tuple[int, int, int]] = []  # chunk, id, kind of each student row
+    carry: list[tuple[int, Carried]] = []
+    teacher_ids, logps, observed = [], [], []
     for rollout, chosen_C, hidden_SD in zip(rollouts, chosen, states, strict=True):
-        chunks, answer = rollout.chunks, rollout.answer
-        picked = np.flatnonzero(chosen_C)
-        places: list[int] = []
+        picked, chunk_rows = np.flatnonzero(chosen_C), _student_rows(rollout)
+        places = []
         for c in picked.tolist():
-            last = chunks.s1[c] if rollout.observed_C[c] else chunks.s0[c] + 1
-            places.extend(range(int(chunks.s0[c]), int(last)))
-            rows.extend([len(observed)] * int(last - chunks.s0[c]))
+            t = int(rollout.chunks.t0[c])
+            for place, kind in chunk_rows(c):
+                table.append((len(observed), rollout.answer.ids[place], kind))
+                places.append(place)
+            if t in rollout.score.carried:
+                carry.append((len(observed), rollout.score.carried[t]))
+            teacher_ids.append([*rollout.answer.teacher_ids, teacher_end_id][t])
+            logps.append(rollout.teacher_logp_C[c] if rollout.scorable_C[c] else 0.0)
             observed.append(bool(rollout.observed_C[c]))
-        ids.extend(answer.ids[i] for i in places)
-        tokens = [*answer.teacher_ids, teacher_end_id]
-        teacher_ids.extend(tokens[i] for i in chunks.t0[picked].tolist())
-        logps.extend(np.nan_to_num(rollout.teacher_logp_C[picked], nan=0.0).tolist())
-        device = hidden_SD.device
-        student.append(hidden_SD[torch.tensor(places, dtype=torch.int64, device=device)])
-        starts = torch.as_tensor(chunks.t0[picked], device=rollout.score.hidden_TD.device)
-        teacher.append(rollout.score.hidden_TD[starts])
-    device = student[0].device
-    return (
-        torch.cat(student),
-        torch.cat(teacher),
-        ChunkRows(
-            torch.tensor(rows, device=device),
-            torch.tensor(ids, device=device),
-            torch.tensor(teacher_ids, device=device),
-            torch.tensor(logps, device=device, dtype=torch.float32),
-            torch.tensor(observed, device=device),
-        ),
+        student.append(hidden_SD[places])
+        teacher.append(rollout.score.hidden_MD[rollout.chunks.t0[picked].tolist()])
+    device = states[0].device
+    rows = ChunkRows(
+        Rows(*torch.tensor(table, device=device).T.contiguous()),
+        torch.tensor(teacher_ids, device=device),
+        torch.tensor(logps, device=device, dtype=torch.float32),
+        _joined(carry, device),
+        torch.tensor(observed, device=device),
     )
+    return torch.cat(student), torch.cat(teacher), rows
+
+
+def _student_rows(rollout: Rollout) -> Callable[[int], list[tuple[int, int]]]:
+    """For a chunk: the places of its rows among the completion's tokens, and their kinds."""
+    chunks = rollout.chunks
+
+    def rows_of(c: int) -> list[tuple[int, int]]:
+        first, rows = int(chunks.s0[c]), []
+        if rollout.student_overhang_C[c] > CARRY_FROM:
+            rows.append((first - 1, INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE))
+        rows.append((first, FIRST))
+        if rollout.observed_C[c]:
+            rows.extend((place, REST) for place in range(first + 1, int(chunks.s1[c])))
+        return rows
+
+    return rows_of
+
+
+def _joined(carry: Sequence[tuple[int, Carried]], device: torch.device) -> Carry:
+    counts = torch.tensor([len(one.event_K) for _, one in carry], dtype=torch.int64)
+    chunk_K = torch.tensor([c for c, _ in carry], dtype=torch.int64).repeat_interleave(counts)
+    nothing = Carried(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    parts = [one for _, one in carry] or [nothing]
+    event_K = torch.cat([one.event_K for one in parts])
+    mass_K = torch.cat([one.mass_K for one in parts]).float()
+    return Carry(chunk_K.to(device), event_K.to(device), mass_K.to(device))

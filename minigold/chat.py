@@ -55,14 +55,16 @@ def render(
         add_generation_prompt: end with what opens an answer.
 
     Raises:
-        ValueError: the template does not parse, refuses the messages, or leaves the sandbox; or
-            jinja2 is not installed.
+        ValueError: no messages, or none that JSON can hold; the template does not parse, refuses
+            the messages, or leaves the sandbox; or jinja2 is not installed.
 
     >>> turns = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     >>> render(turns, [{"role": "user", "content": "Hi"}], bos_token="", eos_token="")
     'user: Hi\n'
     """
-    jinja2 = _jinja2()
+    _jinja2()
+    if not messages:
+        raise ValueError("expected at least one message for the chat template, got none; add one")
     chat = [_with_reasoning(_plain(message)) for message in messages]
     try:
         text: str = _compiled(template).render(
@@ -72,9 +74,8 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **{k: v for k, v in (("bos_token", bos_token), ("eos_token", eos_token)) if v},
         )
-    except (jinja2.exceptions.TemplateError, ArithmeticError, LookupError, TypeError,
-            AttributeError, ValueError, RecursionError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a template is code: it can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"expected messages that the chat template can render, got {reason!r} from it; change "
             "the messages, or use --plain-prompt"
@@ -119,7 +120,7 @@ def prompt_ids(
 
 def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text's ids after the special tokens that the tokenizer puts first; none at the end."""
-    probe = tokenizer.encode("a", add_special_tokens=True)
+    probe = tokenizer.encode("a" + text, add_special_tokens=True)
     leading = next((i for i, special in enumerate(probe.special_tokens_mask) if not special), 0)
     return [*probe.ids[:leading], *tokenizer.encode(text, add_special_tokens=False).ids]
 
@@ -148,21 +149,21 @@ def _with_reasoning(message: Mapping[str, Any]) -> Message:
     return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
-def _plain(value: Any) -> Any:
+def _plain(message: Mapping[str, Any]) -> Message:
     """A copy made of JSON types only, so that a template reaches no method of ours."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    if value is None:
-        return None
-    raise ValueError(
-        f"expected messages of text, numbers, lists and objects, got {type(value).__name__}; "
-        "convert it first"
-    )
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            f"expected messages to be objects with role and content, got {type(message).__name__}; "
+            "give text as a prompt, or make it a message"
+        )
+    try:
+        plain: Message = json.loads(json.dumps(dict(message)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            "expected messages of text, numbers, lists and objects, got one that JSON cannot hold "
+            f"({error}); convert it first"
+        ) from error
+    return plain
 
 
 def _jinja2() -> Any:
@@ -191,6 +192,7 @@ def _compiled(template: str) -> Any:
         extensions=[_generation_tag(jinja2), jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _tojson
+    environment.globals["dict"] = _new_dict
     environment.globals["raise_exception"] = _raiser(jinja2)
     environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(template)
@@ -214,8 +216,12 @@ def _raiser(jinja2: Any) -> Any:
     return raise_exception
 
 
+def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)  # the class itself would let templates change the messages
+
+
 def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)  # local time, as `transformers` does
+    return datetime.now().strftime(pattern)  # noqa: DTZ005 (local time, as `transformers` does)
 
 
 def _tojson(

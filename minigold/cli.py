@@ -30,10 +30,10 @@ class _Parser(argparse.ArgumentParser):
     """Without abbreviations, and with one line for a mistake."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
     return 0
 
 
@@ -73,19 +75,29 @@ def _refuse_unbuilt(args: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="minigold", description="On-policy distillation across tokenizers (GOLD).")
+    parser = _Parser(
+        prog="minigold", description="On-policy distillation across tokenizers (GOLD)."
+    )
     parser.add_argument("--version", action="version", version=f"minigold {minigold.__version__}")
     commands = parser.add_subparsers(required=True, metavar="{train,demo}", parser_class=_Parser)
 
     train = commands.add_parser("train", help="distil a teacher into a student")
-    train.add_argument("--teacher", required=True, help="Hugging Face folder or hub name")
-    train.add_argument("--student", required=True, help="Hugging Face folder or hub name")
-    train.add_argument("--prompts", required=True, type=Path, help="JSON lines with `prompt`")
-    train.add_argument("--out", required=True, type=Path, help="new or empty folder of the run")
-    train.add_argument("--device", default="auto", help="auto (cuda, mps or cpu) or a torch device")
+    train.add_argument(
+        "--teacher", required=True, help="Hugging Face folder or hub name (required)"
+    )
+    train.add_argument(
+        "--student", required=True, help="Hugging Face folder or hub name (required)"
+    )
+    train.add_argument("--prompts", required=True, type=Path,
+                       help="JSON lines with `prompt` (required)")  # fmt: skip
+    train.add_argument("--out", required=True, type=Path,
+                       help="new or empty folder of the run (required)")  # fmt: skip
+    train.add_argument("--device", default="auto",
+                       help="auto (cuda, else mps, else cpu) or one of them (default auto)")  # fmt: skip
     train.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                       help="of the teacher; auto is bfloat16 on cuda, else float32")  # fmt: skip
-    train.add_argument("--plain-prompt", action="store_true", help="both sides without a template")
+                       help="of the teacher; auto is bfloat16 on cuda, else float32 (default auto)")  # fmt: skip
+    train.add_argument("--plain-prompt", action="store_true",
+                       help="both sides without a template (default False)")  # fmt: skip
     for f in fields(Config):
         kind: dict[str, Any] = {"type": type(f.default), "metavar": type(f.default).__name__}
         if isinstance(f.default, bool):
@@ -95,8 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     demo = commands.add_parser("demo", help="the main job in three minutes on two CPU cores")
-    demo.add_argument("--out", type=Path, default=None, help="new or empty folder of the run")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="new or empty folder of the run (default: none is written)",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of the run (default 0)")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -109,9 +126,8 @@ def _train(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     prompts = read_prompts(args.prompts)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(
-            f"expected --out to be a new or empty folder, got {args.out}, which is not empty"
-        )
+        kind = "which is not empty" if args.out.is_dir() else "which is a file"
+        raise ValueError(f"expected --out to be a new or empty folder, got {args.out}, {kind}")
     student = load(args.student, device=device)
     teacher = load(args.teacher, device=device, dtype=find_dtype(args.dtype, device))
 
@@ -151,11 +167,11 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
             f"expected --device auto, cuda, mps or cpu on this machine, got {name!r} "
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).splitlines()[0][:80]})"
         ) from error
     return device
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,6 +19,7 @@ NOT_BUILT = {  # options and values of the design that this version does not hav
     "--patience": "recovery from failed steps",
     "--dry-run": "the cost estimate",
     "--config": "TOML configuration files",
+    "--fraction": "the masks divergence and soft-or",
 }
 
 
@@ -43,7 +45,7 @@ class Config:
     top_k: int = _opt(0, "most likely tokens to sample from; 0 is off")
     events: str = _opt("prefix", "what is compared: prefix")
     beta: float = _opt(0.5, "0 is KL(teacher||student), 1 is KL(student||teacher), between: JSD")
-    max_overhang: float = _opt(0.2, "chunk starts with more are not compared (0 to 1)")
+    max_overhang: float = _opt(1.0, "chunk starts with more are not compared (0 to 1)")
     where: str = _opt("sampled", "which chunks are trained: " + ", ".join(WHERE))
     threshold: float = _opt(0.5, "acceptance under which --where reject trains (0 to 1)")
     lmbda: float = _opt(1.0, "share of rows that the student samples itself (0 to 1)")
@@ -57,7 +59,13 @@ class Config:
     log_every: int = _opt(1, "steps between lines on the terminal")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rollouts", "micro_batch", "max_new_tokens", "log_every"):
+        for f in fields(self):
+            kind, value = type(f.default), getattr(self, f.name)
+            fits = isinstance(value, (float, int) if kind is float else kind)
+            fits = fits and isinstance(value, bool) == (kind is bool)
+            self._require(f.name, fits, f"of type {kind.__name__}")
+        counts = ("steps", "batch_size", "rollouts", "micro_batch", "max_new_tokens", "log_every")
+        for name in counts:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("top_k", "warmup", "weight_decay", "clip", "seed", "temperature"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
@@ -65,6 +73,9 @@ class Config:
             self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("lr", self.lr > 0, "above 0")
+        for f in fields(self):
+            if isinstance(f.default, float):
+                self._require(f.name, math.isfinite(getattr(self, f.name)), "finite")
         self._require("events", self.events == "prefix", "prefix (strict and byte: not built yet)")
         self._require(
             "where", self.where in WHERE,
@@ -81,10 +92,7 @@ class Config:
         """Samples are drawn from the policy itself."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
-    @classmethod
-    def help_of(cls, name: str) -> str:
-        return next(str(f.metadata["help"]) for f in fields(cls) if f.name == name)
-
 
 def option_name(field_name: str) -> str:
+    """The option of `minigold train` for a field."""
     return "--" + field_name.replace("_", "-")

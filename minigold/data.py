@@ -9,6 +9,7 @@ tokenized here.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ __all__ = ["Message", "Prompt", "read_prompts"]
 
 Message = dict[str, Any]
 COLUMNS = ("prompt", "messages", "completion", "teacher_prompt", "answer")
+RESERVED = (  # what samples.jsonl has beside the columns of the prompt
+    "step", "line", "finished", "on_policy", "student_ids", "teacher_ids", "chunks", "acceptance",
+    "trained",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Prompt:
         answer: the right answer, for evaluation.
         extra: other columns, as they are.
         line: number in the file, from 1; 0 if it came from no file.
+
+    Raises:
+        ValueError: an extra column that has the name of one of minigold's own.
     """
 
     prompt: str | list[Message]
@@ -39,6 +47,14 @@ class Prompt:
     answer: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     line: int = 0
+
+    def __post_init__(self) -> None:
+        taken = [key for key in self.extra if key in (*COLUMNS, *RESERVED)]
+        if taken:
+            raise ValueError(
+                "expected extra columns with names that samples.jsonl does not use itself, got "
+                f"{taken[0]!r}; rename it"
+            )
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -76,8 +92,9 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise ValueError("expected JSON, got a byte order mark; save the file as UTF-8 without BOM")
     try:
         value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant
-        )
+            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant,
+            parse_float=_number, parse_int=_number,
+        )  # fmt: skip
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -107,6 +124,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"expected each key once, got {twice!r} twice; remove one")
     return found
+
+
+def _number(text: str) -> int | float:
+    """A number of JSON; by itself `json` makes infinity of 1e999."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"expected numbers below 1.8e308, got {text[:20]}…; write it as text")
+    return value if set(text) & set(".eE") else int(text)
 
 
 def _refuse_constant(name: str) -> None:
@@ -160,6 +185,12 @@ def _split(messages: list[Message]) -> tuple[list[Message], str | None]:
         raise ValueError(
             "expected a message before the last assistant turn and text in it, "
             f"got {len(messages)} messages; complete them"
+        )
+    more = [k for k, v in messages[-1].items() if k not in ("role", "content") and v is not None]
+    if more:
+        raise ValueError(
+            f"expected role and content alone in the last assistant turn, got {more[0]!r} too, which "
+            "would be lost; put the whole answer into content"
         )
     return messages[:-1], last
 

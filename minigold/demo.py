@@ -8,6 +8,7 @@ shipped models, data and licence are described in demo_data/README.md.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,9 @@ import torch
 from minigold.batch import Rollout
 from minigold.chat import prompt_ids
 from minigold.config import Config
-from minigold.data import Prompt, read_prompts
+from minigold.data import Prompt
+from minigold.demo_task import held_out, prompts
 from minigold.disagree import acceptance
-from minigold.events import Events
 from minigold.load import LanguageModel, load
 from minigold.offsets import text_of_ids
 from minigold.sample import sample
@@ -39,7 +40,6 @@ DEMO = Config(
     lr=2e-3,
     warmup=10,
     student_plain=True,
-    teacher_plain=True,
 )
 
 
@@ -54,25 +54,21 @@ def run_demo(
     seed: int = 0,
     steps: int = DEMO.steps,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-    change_events: Callable[[Events], Events] = lambda events: events,
 ) -> dict[str, Any]:
     """Distils, shows what happened, and returns accuracies (0-1), seconds and trained share.
 
     Args:
         out: folder of the run, as in `distill`.
-        change_events: spoils the event map, for a control.
     """
     began = time.perf_counter()
     student, teacher = demo_models()
-    prompts = read_prompts(FOLDER / "prompts.jsonl")
-    held_out = read_prompts(FOLDER / "held_out.jsonl")
-    config = Config(**{**vars(DEMO), "seed": seed, "steps": steps})
+    tests = held_out()
+    config = dataclasses.replace(DEMO, seed=seed, steps=steps)
     pair = make_pair(student, teacher)
-    pair = Pair(student, teacher, change_events(pair.events))
-    teacher_accuracy = accuracy(teacher, held_out)
-    before = accuracy(student, held_out)
+    teacher_accuracy = accuracy(teacher, tests, plain=config.teacher_plain)
+    before = accuracy(student, tests, plain=config.student_plain)
     say(f"teacher {teacher_accuracy:.3f}, student {before:.3f} exact match on held-out prompts")
-    _show("before (the teacher disagrees inside the brackets):", pair, held_out, config, say)
+    _show("before (the teacher disagrees inside the brackets):", pair, tests, config, say)
 
     trained: list[float] = []
     with _progress(steps) as bar:
@@ -84,30 +80,28 @@ def run_demo(
                 loss=f"{step.metrics['loss']:.3f}", trained=f"{trained[-1]:.2f}", refresh=False
             )
 
-        distill(student, teacher, prompts, config, out=out, on_step=on_step, events=pair.events)
-    _show("after:", pair, held_out, config, say)
-    after = accuracy(student, held_out)
+        distill(student, teacher, prompts(), config, out=out, on_step=on_step)
+    _show("after:", pair, tests, config, say)
     return {
         "teacher_accuracy": teacher_accuracy,
         "student_before": before,
-        "student_after": after,
+        "student_after": accuracy(student, tests, plain=config.student_plain),
         "seconds": round(time.perf_counter() - began, 1),
         "trained_fraction": sum(trained) / len(trained),
     }
 
 
-def accuracy(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
+def accuracy(model: LanguageModel, rows: Sequence[Prompt], *, plain: bool) -> float:
     """Exact match (0-1) of greedy answers."""
-    model.decoder.eval()
     answers = sample(
         model.decoder,
-        [prompt_ids(model, p.prompt, plain=True) for p in prompts],
+        [prompt_ids(model, p.prompt, plain=plain) for p in rows],
         max_new_tokens=DEMO.max_new_tokens,
         eos_ids=model.eos_ids,
         temperature=0,
     )
     texts = [text_of_ids(model.tokenizer, a.ids[:-1] if a.finished else a.ids) for a in answers]
-    right = [t.strip() == (p.answer or "").strip() for t, p in zip(texts, prompts, strict=True)]
+    right = [t.strip() == (p.answer or "").strip() for t, p in zip(texts, rows, strict=True)]
     return sum(right) / len(right)
 
 

@@ -3,23 +3,26 @@
 
 At a boundary that both tokenizations share, both models predict what comes next after the same
 bytes, over different vocabularies. A divergence needs one set of events: each side maps every
-token to one event and adds up the probabilities.
+token to one event and adds up the probabilities (`Side.project`).
 
-Here stand the maps (`match`), their use on a distribution (`project`), and what they leave out
+A token that only one side has goes to an event that is shorter than itself. If the text then goes
+on from there, the rest of that token is a prediction too: `Side.carry` gives it at the next
+boundary. Here stand the maps (`match`), their use on a distribution, and what they leave out
 (`measure`). This file does not compare the two sides; `loss.py` does.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Events", "Measures", "Side", "Vocabulary", "match", "measure", "project"]
+__all__ = ["Events", "Measures", "Side", "Vocabulary", "match", "measure"]
 
 
 class Vocabulary(Protocol):
@@ -40,19 +43,84 @@ class Side:
     Args:
         event_V: int64, the event of each id; `n_events` stands for *other*, that is no event.
         shared_V: bool, ids that stand for their event by themselves (the end of turn included).
-        extender_U: int64, ids of the unshared text tokens, sorted by their bytes.
-        low_V, high_V: int64, the range in `extender_U` that strictly extends the bytes of an id.
+        spelling: the bytes of each id, b"" where it stands for no text.
+        sorted_U: int64, the ids of text tokens in the order of their bytes.
+        low_V, high_V: int64, the range in `sorted_U` whose bytes strictly extend those of an id.
+        event_of: the event of any bytes.
+        longest: bytes of the longest token.
+        keys, rests: the sorted spellings, and what `longer` has made so far.
     """
 
+    n_events: int
     event_V: Tensor
     shared_V: Tensor
-    extender_U: Tensor
+    spelling: Sequence[bytes]
+    sorted_U: Tensor
     low_V: Tensor
     high_V: Tensor
+    event_of: Callable[[bytes], int]
+    longest: int
+    keys: list[bytes] = field(repr=False)
+    rests: dict[bytes, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Side:
-        moved = {name: value.to(device) for name, value in vars(self).items()}
-        return replace(self, **moved)
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, rests={})
+
+    def project(self, prob_NV: Tensor) -> Tensor:
+        """Adds up token probabilities by event.
+
+        Args:
+            prob_NV: float, rows that sum to 1; differentiable.
+
+        Returns:
+            prob_NX: `n_events + 2` columns: the events, an empty column for the observed chunk,
+            and *other*; rows sum to 1.
+        """
+        n, v = prob_NV.shape
+        if v == self.n_events:  # identical vocabularies: the ids are the events
+            return torch.nn.functional.pad(prob_NV, (0, 2))
+        column_V = self.column(self.event_V)
+        empty_NX = prob_NV.new_zeros(n, self.n_events + 2)
+        return empty_NX.scatter_add(1, column_V.expand(n, v), prob_NV)
+
+    def column(self, event_K: Tensor) -> Tensor:
+        """Events as columns of `project`."""
+        return torch.where(event_K == self.n_events, self.n_events + 1, event_K)
+
+    def has_longer(self, text: bytes) -> bool:
+        """Some token strictly extends `text`."""
+        low, high = _extensions(text, self.keys)
+        return low < high
+
+    def longer(self, text: bytes) -> tuple[Tensor, Tensor]:
+        """Ids of the tokens that strictly extend `text`, and the event of what they add; int64."""
+        low, high = _extensions(text, self.keys)
+        if text not in self.rests:
+            events = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
+            self.rests[text] = self.sorted_U.new_tensor(events)
+        return self.sorted_U[low:high], self.rests[text]
+
+    def carry(self, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor:
+        """Mass of the tokens that extend the taken one, by the event of what they add.
+
+        Args:
+            prob_NV: the distributions that `ids_N` were taken from; differentiable.
+            inside_N: bool, the taken token does not start at a shared boundary. If it does, only
+                tokens of the same event count: the others were told apart from it there.
+
+        Returns:
+            carried_NX: columns as in `project`.
+        """
+        rows = []
+        for prob_V, i, inside in zip(prob_NV, ids_N.tolist(), inside_N.tolist(), strict=True):
+            longer_K, event_K = self.longer(self.spelling[i])
+            if not inside:
+                merged_K = self.event_V[longer_K] == self.event_V[i]
+                longer_K, event_K = longer_K[merged_K], event_K[merged_K]
+            empty_X = prob_NV.new_zeros(self.n_events + 2)
+            rows.append(empty_X.index_add(0, self.column(event_K), prob_V[longer_K]))
+        return torch.stack(rows)
 
 
 @dataclass(frozen=True)
@@ -75,11 +143,13 @@ class Events:
 class Measures(NamedTuple):
     """What the events leave out, one number per position; each in 0 to 1.
 
-    `overhang_N`: see `measure`. `shared_N`, `projected_N`, `other_N`: probability mass in tokens
-    that are events by themselves, in tokens that were sent to another event, and in no event.
+    `overhang_N`, `inside_N`: see `measure`. `shared_N`, `projected_N`, `other_N`: probability mass
+    in tokens that are events by themselves, in tokens that were sent to another event, and in no
+    event.
     """
 
     overhang_N: Tensor
+    inside_N: Tensor
     shared_N: Tensor
     projected_N: Tensor
     other_N: Tensor
@@ -126,31 +196,13 @@ def match(student: Vocabulary, teacher: Vocabulary) -> Events:
     )
 
 
-def project(prob_NV: Tensor, side: Side, n_events: int) -> Tensor:
-    """Adds up token probabilities by event.
-
-    Args:
-        prob_NV: float, rows that sum to 1; differentiable.
-
-    Returns:
-        prob_NX: `n_events + 2` columns: the events, an empty column for the observed chunk, and
-        *other*; rows sum to 1.
-    """
-    n, v = prob_NV.shape
-    if v == n_events:  # identical vocabularies: the ids are the events
-        return torch.nn.functional.pad(prob_NV, (0, 2))
-    column_V = torch.where(side.event_V == n_events, n_events + 1, side.event_V)
-    empty_NX = prob_NV.new_zeros(n, n_events + 2)
-    return empty_NX.scatter_add(1, column_V.expand(n, v), prob_NV)
-
-
-def measure(logp_NV: Tensor, ids_N: Tensor, side: Side, n_events: int) -> Measures:
+def measure(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
     """Mass audit of predictions, and the overhang of the boundary after each taken token.
 
-    A boundary after token c says that no longer token was taken there. If much mass was on
-    unshared tokens that strictly extend c, the prediction after c leaves out what those would
-    have covered, and the other model's prediction there is about something else.
-    `overhang = m / (m + p(c))` with m that mass. One range sum over the sorted vocabulary.
+    A boundary after token c says that no longer token was taken there. With m the mass that
+    `Side.carry` would carry over c, `overhang = m / (m + p(c))` is the share of what is known of
+    the text after c that the prediction after c leaves out; `inside_N` is the same where c does
+    not start at a shared boundary. One range sum over the vocabulary sorted by bytes.
 
     Args:
         logp_NV: log-probabilities in nats.
@@ -159,17 +211,19 @@ def measure(logp_NV: Tensor, ids_N: Tensor, side: Side, n_events: int) -> Measur
     prob_NV = logp_NV.exp()
     size_N = side.high_V[ids_N] - side.low_V[ids_N]
     row_K = torch.repeat_interleave(torch.arange(len(ids_N), device=ids_N.device), size_N)
-    first_N = size_N.cumsum(0) - size_N
-    place_K = torch.arange(len(row_K), device=ids_N.device) - first_N[row_K]
-    column_K = side.extender_U[side.low_V[ids_N][row_K] + place_K]
-    longer_N = prob_NV.new_zeros(len(ids_N)).index_add(0, row_K, prob_NV[row_K, column_K])
-    taken_N = prob_NV.gather(1, ids_N[:, None])[:, 0]
-    other_V = side.event_V == n_events
+    begin_N = side.low_V[ids_N] - (size_N.cumsum(0) - size_N)
+    longer_K = side.sorted_U[torch.arange(len(row_K), device=ids_N.device) + begin_N[row_K]]
+    mass_K = prob_NV[row_K, longer_K]
+    merged_K = side.event_V[longer_K] == side.event_V[ids_N[row_K]]
+    masses_K2 = torch.stack([mass_K * merged_K, mass_K], dim=1)
+    longer_N2 = prob_NV.new_zeros(len(ids_N), 2).index_add(0, row_K, masses_K2)
+    taken_N1 = prob_NV.gather(1, ids_N[:, None])
+    overhang_N2 = longer_N2 / (longer_N2 + taken_N1).clamp(min=torch.finfo(prob_NV.dtype).tiny)
+    other_V = side.event_V == side.n_events
     kinds_V2 = torch.stack([side.shared_V, other_V], dim=1).to(prob_NV.dtype)
     shared_N, other_N = (prob_NV @ kinds_V2).unbind(1)
     projected_N = (1 - shared_N - other_N).clamp(min=0)
-    overhang_N = longer_N / (longer_N + taken_N).clamp(min=torch.finfo(prob_NV.dtype).tiny)
-    return Measures(overhang_N, shared_N, projected_N, other_N)
+    return Measures(*overhang_N2.unbind(1), shared_N, projected_N, other_N)
 
 
 def _same_table(student: Vocabulary, teacher: Vocabulary) -> bool:
@@ -193,47 +247,48 @@ def _side(
     identity: bool = False,
 ) -> Side:
     texts, roles = vocabulary.token_bytes, vocabulary.roles
-    event, unshared = list(range(len(texts))), []
-    if not identity:
-        for i, (text, role) in enumerate(zip(texts, roles, strict=True)):
-            event[i] = _event(text, role, index, n_events, pieces)
-            if role == "text" and text and text not in index:
-                unshared.append((text, i))
-    unshared.sort()
-    keys = [text for text, _ in unshared]
-    ranges = [_extensions(text, keys) if role == "text" else (0, 0)
-              for text, role in zip(texts, roles, strict=True)]  # fmt: skip
-    shared = [identity or role == "end" or (role == "text" and text in index)
-              for text, role in zip(texts, roles, strict=True)]  # fmt: skip
+
+    @lru_cache(maxsize=None)
+    def event_of(text: bytes) -> int:
+        """The text itself, else the other side's first piece of it, else its longest prefix."""
+        if text in index:
+            return index[text]
+        if pieces.get(text) in index:
+            return index[pieces[text]]
+        prefixes = (text[:k] for k in range(len(text) - 1, 0, -1))
+        return next((index[prefix] for prefix in prefixes if prefix in index), n_events)
+
+    event, shared, spelling, pairs = list(range(len(texts))), [True] * len(texts), [], []
+    for i, (text, role) in enumerate(zip(texts, roles, strict=True)):
+        spelling.append(text if role == "text" else b"")
+        if not identity:
+            event[i] = n_events - 1 if role == "end" else event_of(spelling[i])
+            shared[i] = role == "end" or spelling[i] in index
+            pairs.append((spelling[i], i))
+    pairs = sorted(pair for pair in pairs if pair[0])
+    keys = [text for text, _ in pairs]
+    ranges = [_extensions(text, keys) for text in spelling]
     low_high_V2 = torch.tensor(ranges, dtype=torch.int64)
     return Side(
+        n_events=n_events,
         event_V=torch.tensor(event, dtype=torch.int64),
         shared_V=torch.tensor(shared),
-        extender_U=torch.tensor([i for _, i in unshared], dtype=torch.int64),
+        spelling=spelling,
+        sorted_U=torch.tensor([i for _, i in pairs], dtype=torch.int64),
         low_V=low_high_V2[:, 0].contiguous(),
         high_V=low_high_V2[:, 1].contiguous(),
+        event_of=event_of,
+        longest=max(map(len, keys), default=0),
+        keys=keys,
     )
-
-
-def _event(
-    text: bytes, role: str, index: Mapping[bytes, int], n_events: int, pieces: Mapping[bytes, bytes]
-) -> int:
-    if role == "end":
-        return n_events - 1
-    if role != "text":
-        return n_events
-    if text in index:
-        return index[text]
-    if pieces.get(text) in index:
-        return index[pieces[text]]
-    prefixes = (text[:k] for k in range(len(text) - 1, 0, -1))
-    return next((index[prefix] for prefix in prefixes if prefix in index), n_events)
 
 
 def _extensions(text: bytes, keys: list[bytes]) -> tuple[int, int]:
     """The range of the sorted `keys` that start with `text` and are longer."""
+    if not text:
+        return 0, 0
     low = bisect_right(keys, text)
     stem = text.rstrip(b"\xff")
     if not stem:
-        return (low, len(keys)) if text else (0, 0)
+        return low, len(keys)
     return low, bisect_left(keys, stem[:-1] + bytes([stem[-1] + 1]), lo=low)

@@ -2,7 +2,7 @@
 """The name of a model in, everything that is needed to talk to it out.
 
 A name is a Hugging Face folder, or a hub name that `huggingface_hub` fetches if it is installed.
-This file finds the tokenizer, the chat template and the ids that end an answer; `model.py` reads
+This file finds the tokenizer, the chat template and the ids that end an answer; `weights.py` reads
 the weights and `chat.py` renders the template.
 """
 
@@ -19,7 +19,8 @@ import torch
 from tokenizers import Tokenizer
 
 from minigold.chat import render
-from minigold.model import Decoder, load_decoder
+from minigold.model import Decoder
+from minigold.weights import load_decoder
 
 __all__ = ["LanguageModel", "load", "resolve"]
 
@@ -72,11 +73,14 @@ def load(
     folder = resolve(name)
     tokenizer = _tokenizer(folder)
     settings = _json(folder / "tokenizer_config.json")
-    specials = {**_json(folder / "special_tokens_map.json"), **settings}
+    specials = dict(settings)
+    if "added_tokens_decoder" not in settings:  # older folders: the map wins, as in `transformers`
+        specials |= _json(folder / "special_tokens_map.json")
     template = _template(folder, settings)
     bos_token, eos_token = (_text(specials.get(key)) for key in ("bos_token", "eos_token"))
     decoder = load_decoder(folder, device=device, dtype=dtype)
     n_tokens = _n_tokens(str(name), tokenizer, decoder.config.vocab_size)
+    decoder.n_tokens = n_tokens  # the head gives no logits for rows of padding
     stops = _stops(folder, n_tokens)
     eos = tokenizer.token_to_id(eos_token) if eos_token else None
     turn = _turn_end(tokenizer, template, bos_token=bos_token, eos_token=eos_token)
@@ -158,11 +162,14 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {path}, got {error}; download it again") from error
+    if type(value) is not dict:
         raise ValueError(
-            f"expected a JSON object in {path}, got {error}; download it again"
-        ) from error
+            f"expected a JSON object in {path}, got {type(value).__name__}; download it again"
+        )
+    return value
 
 
 def _text(token: Any) -> str:
@@ -173,11 +180,20 @@ def _text(token: Any) -> str:
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"expected UTF-8 in {path}, got {error}; save it as UTF-8") from error
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return None if template is None else str(template)
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    if template is None or isinstance(template, str):
+        return template
+    raise ValueError(
+        f"expected chat_template in {folder / 'tokenizer_config.json'} to be text or a list of named "
+        f"ones, got {str(template)[:60]}; correct it, or write chat_template.jinja"
+    )
 
 
 def _n_tokens(name: str, tokenizer: Tokenizer, rows: int) -> int:
@@ -195,8 +211,9 @@ def _stops(folder: Path, n_tokens: int) -> list[int]:
     generation, config = _json(folder / "generation_config.json"), _json(folder / "config.json")
     value = generation.get("eos_token_id")
     if value is None:
-        text = config.get("text_config") or {}
-        value = config.get("eos_token_id", text.get("eos_token_id"))
+        value = config.get("eos_token_id")
+    if value is None and isinstance(config.get("text_config"), dict):
+        value = config["text_config"].get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
         raise ValueError(

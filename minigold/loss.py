@@ -30,6 +30,18 @@ class Head(Protocol):
     def cap(self, raw_NV: Tensor) -> Tensor: ...
 
 
+class Side(Protocol):
+    """One side's map to events, as `events.match` makes it."""
+
+    @property
+    def n_events(self) -> int: ...
+    @property
+    def event_V(self) -> Tensor: ...
+    def project(self, prob_NV: Tensor) -> Tensor: ...
+    def carry(self, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor: ...
+    def column(self, event_K: Tensor) -> Tensor: ...
+
+
 class Events(Protocol):
     """As `events.match` makes them."""
 
@@ -37,52 +49,81 @@ class Events(Protocol):
     def student(self) -> Any: ...
     @property
     def teacher(self) -> Any: ...
-    @property
-    def n_events(self) -> int: ...
 
 
-Project = Callable[[Tensor, Any, int], Tensor]
+FIRST, REST, BEFORE, INSIDE = range(4)  # kinds of rows
 
 
 @dataclass(frozen=True)
-class ChunkRows:
-    """Which predictions belong to which chunk. C chunks, N >= C student rows, in chunk order.
-
-    The first student row of a chunk predicts what starts at the chunk; further rows, present
-    only where `observed_C`, predict the rest of its student tokens.
+class Rows:
+    """The student's predictions, row by row, in the order of their chunks.
 
     Args:
-        chunk_N: int64, the chunk of each student row, non-decreasing, every chunk present.
-        ids_N: int64, the student token that was taken at each row.
-        teacher_id_C: int64, the first teacher token of each chunk.
-        teacher_logp_C: nats, the teacher's log-probability of the whole chunk.
-        observed_C: bool, the chunk is made an event of its own.
+        chunk_N: int64, the chunk of each row, non-decreasing.
+        ids_N: int64, the token that was taken at each row.
+        kind_N: int64. `FIRST`, one a chunk: predicts what starts at the chunk. `REST`, of
+            observed chunks: predict the rest of the chunk's tokens. `BEFORE`, at most one
+            a chunk: predicts the last token before the chunk, and is `INSIDE` instead where that
+            token does not start at a shared boundary.
     """
 
     chunk_N: Tensor
     ids_N: Tensor
+    kind_N: Tensor
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What longer tokens of the teacher, over a chunk's start, say of the text that follows.
+
+    Args:
+        chunk_K: int64, non-decreasing; chunks without such tokens are absent.
+        event_K: int64.
+        mass_K: share of what the teacher knows there; the rest is its prediction after the token.
+    """
+
+    chunk_K: Tensor
+    event_K: Tensor
+    mass_K: Tensor
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """Which predictions belong to which of C chunks. The teacher has one row a chunk.
+
+    Args:
+        student: N rows.
+        teacher_id_C: int64, the first teacher token of each chunk.
+        teacher_logp_C: nats, the teacher's log-probability that the text goes on with the chunk.
+        teacher_carry: what is mixed into the teacher's predictions.
+        observed_C: bool, the chunk is made an event of its own.
+    """
+
+    student: Rows
     teacher_id_C: Tensor
     teacher_logp_C: Tensor
+    teacher_carry: Carry
     observed_C: Tensor
-
-    def first_rows(self) -> Tensor:
-        """int64 [C], the first student row of each chunk."""
-        counts_C = torch.bincount(self.chunk_N, minlength=len(self.teacher_id_C))
-        return counts_C.cumsum(0) - counts_C
 
     def block(self, start: int, stop: int) -> tuple[slice, ChunkRows]:
         """Chunks `start` to `stop`, and the student rows that they own."""
-        low, high = torch.searchsorted(
-            self.chunk_N, torch.tensor([start, stop], device=self.chunk_N.device)
-        ).tolist()
-        rows = slice(low, high)
-        return rows, ChunkRows(
-            self.chunk_N[rows] - start,
-            self.ids_N[rows],
-            self.teacher_id_C[start:stop],
-            self.teacher_logp_C[start:stop],
-            self.observed_C[start:stop],
+        carry, chunks = self.teacher_carry, slice(start, stop)
+        rows, some = _between(self.student.chunk_N, chunks), _between(carry.chunk_K, chunks)
+        student = Rows(
+            self.student.chunk_N[rows] - start, self.student.ids_N[rows], self.student.kind_N[rows]
         )
+        return rows, ChunkRows(
+            student,
+            self.teacher_id_C[chunks],
+            self.teacher_logp_C[chunks],
+            Carry(carry.chunk_K[some] - start, carry.event_K[some], carry.mass_K[some]),
+            self.observed_C[chunks],
+        )
+
+
+def _between(chunk_N: Tensor, chunks: slice) -> slice:
+    bounds = torch.tensor([chunks.start, chunks.stop], device=chunk_N.device)
+    return slice(*torch.searchsorted(chunk_N, bounds).tolist())
 
 
 class Losses(NamedTuple):
@@ -145,47 +186,86 @@ def chunk_losses(
     *,
     rows: ChunkRows,
     events: Events,
-    project: Project,
     beta: float,
 ) -> Tensor:
     """Loss of each chunk in nats: divergence over the events, plus -ln(1 - P_S(other)).
 
     The divergence is of both distributions conditioned on having an event. Where `observed_C`,
     the chunk's own probability leaves the event of its first token and becomes one more event:
-    nothing can then be hidden behind a shared prefix.
+    nothing can then be hidden behind a shared prefix. Where longer tokens reach over a chunk's
+    start, what they say of the rest of the text is mixed in: nothing can be hidden behind a
+    boundary that one side would not have made.
 
     Args:
         student_logits_NV: differentiable.
         teacher_logits_CW: no gradient flows into them.
-        project: `events.project`.
     """
-    logp_NV = student_logits_NV.float().log_softmax(-1)
-    taken_N = logp_NV.gather(1, rows.ids_N[:, None])[:, 0]
-    n_chunks = len(rows.teacher_id_C)
-    student_logp_C = taken_N.new_zeros(n_chunks).index_add(0, rows.chunk_N, taken_N)
-    first_C = rows.first_rows()
-    student_CX = _with_observed(
-        project(logp_NV[first_C].exp(), events.student, events.n_events),
-        student_logp_C,
-        events.student.event_V[rows.ids_N[first_C]],
-        rows.observed_C,
-    )
+    student_logp_NV = student_logits_NV.float().log_softmax(-1)
+    student_CX, student_logp_C = _student_law(student_logp_NV, rows, events.student)
+    is_first_N = rows.student.kind_N == FIRST
+    event_C = events.student.event_V[rows.student.ids_N[is_first_N]]
+    student_CX = _with_observed(student_CX, student_logp_C, event_C, rows.observed_C)
     with torch.no_grad():
         teacher_prob_CW = teacher_logits_CW.float().log_softmax(-1).exp()  # rounded as above
         teacher_CX = _with_observed(
-            project(teacher_prob_CW, events.teacher, events.n_events),
+            _teacher_law(teacher_prob_CW, rows.teacher_carry, events.teacher),
             rows.teacher_logp_C,
             events.teacher.event_V[rows.teacher_id_C],
             rows.observed_C,
         )
-        teacher_CX = _conditioned(teacher_CX)
-    return divergence(_conditioned(student_CX), teacher_CX, beta=beta) + _hidden_mass(student_CX)
+        teacher_CK = _conditioned(teacher_CX)
+    return divergence(_conditioned(student_CX), teacher_CK, beta=beta) + _hidden_mass(student_CX)
+
+
+def _teacher_law(prob_CW: Tensor, carry: Carry, side: Side) -> Tensor:
+    prob_CX = side.project(prob_CW)
+    overhang_C = prob_CX.new_zeros(len(prob_CX)).index_add(0, carry.chunk_K, carry.mass_K)
+    law_CX = prob_CX * (1 - overhang_C)[:, None]
+    return law_CX.index_put((carry.chunk_K, side.column(carry.event_K)), carry.mass_K, accumulate=True)
+
+
+def _student_law(logp_NV: Tensor, rows: ChunkRows, side: Side) -> tuple[Tensor, Tensor]:
+    """How the text goes on at each chunk, over events [C, X + 2], and ln P(the chunk) [C].
+
+    With c the token before the chunk, p its distribution and m the mass that is carried over c,
+    the law is `(p(c) P + carried) / (p(c) + m)`, P being the prediction after c.
+    """
+    own = rows.student
+    prob_CX = side.project(logp_NV[own.kind_N == FIRST].exp())
+    logp_C = _chunk_logp(logp_NV, own, side, rows.observed_C)
+    before_K = (own.kind_N >= BEFORE).nonzero()[:, 0]
+    if len(before_K) == 0:
+        return prob_CX, logp_C
+    chunk_K, ids_K = own.chunk_N[before_K], own.ids_N[before_K]
+    prob_KV = logp_NV[before_K].exp()
+    taken_K = prob_KV.gather(1, ids_K[:, None])[:, 0]
+    carried_KX = side.carry(prob_KV, ids_K, own.kind_N[before_K] == INSIDE)
+    known_K = (taken_K + carried_KX.sum(-1)).clamp(min=FLOOR)
+    stay_K = taken_K / known_K
+    stay_C1 = torch.ones_like(logp_C).index_put((chunk_K,), stay_K)[:, None]
+    law_CX = (prob_CX * stay_C1).index_add(0, chunk_K, carried_KX / known_K[:, None])
+    return law_CX, logp_C.index_add(0, chunk_K, stay_K.clamp(min=FLOOR).log())
+
+
+def _chunk_logp(logp_NV: Tensor, rows: Rows, side: Side, observed_C: Tensor) -> Tensor:
+    """ln P [C] of each chunk's tokens; observed ones with the longer tokens over their end."""
+    own_N = rows.kind_N < BEFORE
+    taken_N = logp_NV.gather(1, rows.ids_N[:, None])[:, 0]
+    if bool(observed_C.any()):
+        last_C = own_N.nonzero()[:, 0][rows.chunk_N[own_N].bincount().cumsum(0) - 1]
+        last_K = last_C[observed_C]
+        prob_KV, ids_K = logp_NV[last_K].exp(), rows.ids_N[last_K]
+        longer_K = side.carry(prob_KV, ids_K, rows.kind_N[last_K] == REST).sum(-1)
+        ends_K = (taken_N[last_K].exp() + longer_K).clamp(min=FLOOR).log()
+        taken_N = taken_N.index_put((last_K,), ends_K)
+    empty_C = taken_N.new_zeros(len(observed_C))
+    return empty_C.index_add(0, rows.chunk_N[own_N], taken_N[own_N])
 
 
 def _with_observed(prob_CX: Tensor, logp_C: Tensor, event_C: Tensor, observed_C: Tensor) -> Tensor:
     """Moves the observed chunk's probability from its first token's event to a column of its own.
 
-    Columns of `prob_CX` are those of `events.project`: events, observed, other.
+    Columns of `prob_CX` are those of `Side.project`: events, observed, other.
     """
     last = prob_CX.shape[1] - 2
     source_C = torch.where(event_C == last, last + 1, event_C)
@@ -196,8 +276,8 @@ def _with_observed(prob_CX: Tensor, logp_C: Tensor, event_C: Tensor, observed_C:
 
 
 def _conditioned(prob_CX: Tensor) -> Tensor:
-    inside_CX = prob_CX[:, :-1]
-    return inside_CX / inside_CX.sum(-1, keepdim=True).clamp(min=FLOOR)
+    inside_CK = prob_CX[:, :-1]
+    return inside_CK / inside_CK.sum(-1, keepdim=True).clamp(min=FLOOR)
 
 
 def _hidden_mass(prob_CX: Tensor) -> Tensor:
@@ -216,7 +296,6 @@ def gold_loss(
     teacher_head: Head,
     rows: ChunkRows,
     events: Events,
-    project: Project,
     beta: float,
     weight: float,
     block: int = 32,
@@ -227,27 +306,27 @@ def gold_loss(
     logits exists at a time. Equal to `chunk_losses` on the dense logits.
 
     Args:
-        student_hidden_ND: differentiable, one row per `rows.chunk_N`.
+        student_hidden_ND: differentiable, one row per row of `rows.student`.
         teacher_hidden_CK: one row per chunk; K is the teacher's width.
         weight: 1 / (trained chunks of the whole optimizer step).
         block: chunks at a time.
     """
+    n_chunks = len(rows.observed_C)
+    starts = range(0, n_chunks, block)
+    blocks = [rows.block(start, min(start + block, n_chunks)) for start in starts]
 
-    def losses_of(start: int, stop: int, raw_NV: Tensor) -> Tensor:
+    def losses_of(number: int, raw_NV: Tensor) -> Tensor:
+        start = starts[number]
         return chunk_losses(
             student_head.cap(raw_NV.float()),
-            teacher_head.logits(teacher_hidden_CK[start:stop]),
-            rows=rows.block(start, stop)[1],
+            teacher_head.logits(teacher_hidden_CK[start : start + block]),
+            rows=blocks[number][1],
             events=events,
-            project=project,
             beta=beta,
         )
 
-    bounds = [(i, min(i + block, len(teacher_hidden_CK)))
-              for i in range(0, len(teacher_hidden_CK), block)]  # fmt: skip
-    blocks = [(rows.block(*bound)[0], bound) for bound in bounds]
     total, loss_C = _Blockwise.apply(
-        student_hidden_ND, student_head.weight_VD, losses_of, blocks, weight
+        student_hidden_ND, student_head.weight_VD, losses_of, [b[0] for b in blocks], weight
     )
     return Losses(total, loss_C)
 
@@ -260,17 +339,17 @@ class _Blockwise(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
-        losses_of: Callable[[int, int, Tensor], Tensor],
-        blocks: list[tuple[slice, tuple[int, int]]],
+        losses_of: Callable[[int, Tensor], Tensor],
+        blocks: list[slice],
         weight: float,
     ) -> tuple[Tensor, Tensor]:
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD)
         losses = []
-        for rows, (start, stop) in blocks:
+        for number, rows in enumerate(blocks):
             raw_NV = (hidden_ND[rows] @ weight_VD.T).requires_grad_()
             with torch.enable_grad():
-                loss_C = losses_of(start, stop, raw_NV)
+                loss_C = losses_of(number, raw_NV)
                 (grad_NV,) = torch.autograd.grad(loss_C.sum() * weight, raw_NV)
             grad_hidden_ND[rows] = grad_NV @ weight_VD
             grad_weight_VD.addmm_(grad_NV.T.to(hidden_ND.dtype), hidden_ND[rows])

@@ -63,7 +63,7 @@ def step_metrics(
         "unscorable": _unscorable(rollouts),
         **_masses(rollouts),
         "overhang_fraction": _share(over, n_chunks),
-        "noncanonical_share": _share(sum(r.answer.noncanonical for r in rollouts), tokens),
+        "noncanonical_share": _noncanonical(sampled),
         "reverse_kl_per_byte": _per_byte(sampled) if config.pure else None,
         "completion_tokens": tokens,
         "completion_bytes": sum(len(r.answer.text.encode("utf-8")) for r in rollouts),
@@ -116,8 +116,7 @@ def audit(rollouts: Sequence[Rollout], events: Events) -> str:
                 "%s: %.1f %% of its mass is in tokens without an event; check both templates "
                 "and end-of-turn ids", name, 100 * other,
             )  # fmt: skip
-    tokens = sum(len(r.answer.ids) for r in rollouts)
-    strange = _share(sum(r.answer.noncanonical for r in rollouts), tokens) or 0.0
+    strange = _noncanonical([r for r in rollouts if r.answer.on_policy]) or 0.0
     if strange > NONCANONICAL_LIMIT:
         log.warning("%.0f %% of the sampled tokens are unusual spellings", 100 * strange)
     text = "mass audit: " + "; ".join(lines)
@@ -127,6 +126,11 @@ def audit(rollouts: Sequence[Rollout], events: Events) -> str:
 
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+def _noncanonical(sampled: Sequence[Rollout]) -> float | None:
+    tokens = sum(len(r.answer.ids) for r in sampled)
+    return _share(sum(r.answer.noncanonical for r in sampled), tokens)
 
 
 def _disagreement(rollouts: Sequence[Rollout], chosen: Sequence[Array]) -> float | None:
@@ -148,13 +152,12 @@ def _unscorable(rollouts: Sequence[Rollout]) -> dict[str, int]:
 
 def _masses(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
     """Mean over all tokens of both sides."""
-    student = np.concatenate([r.student_measures_S4 for r in rollouts])
-    teacher = np.concatenate([r.teacher_measures_T4 for r in rollouts])
-    means = [m.mean(axis=0) if len(m) else [None] * 4 for m in (student, teacher)]
+    student = np.concatenate([r.student_measures_S5 for r in rollouts])
+    teacher = np.concatenate([r.teacher_measures_T5 for r in rollouts])
     return {
-        f"{kind}_mass_{name}": None if mean[column] is None else float(mean[column])
-        for kind, column in (("shared", 1), ("other", 3))
-        for name, mean in zip(("student", "teacher"), means, strict=True)
+        f"{kind}_mass_{name}": float(found[:, column].mean()) if len(found) else None
+        for kind, column in (("shared", 2), ("other", 4))
+        for name, found in (("student", student), ("teacher", teacher))
     }
 
 

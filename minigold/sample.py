@@ -132,7 +132,7 @@ def sample(
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     device, lengths = model.device, [len(prompt) for prompt in prompts]
     stop = torch.tensor(sorted(eos_ids), device=device, dtype=torch.int64)
-    uniform_BS = _uniforms(seeds, max_new_tokens).to(device)
+    uniform_BK = _uniforms(seeds, max_new_tokens).to(device)
     cache = model.empty_cache(len(prompts), max(lengths) + max_new_tokens)
     hidden_BSD = model(pad(prompts, device), cache)
     cache.start_B = torch.tensor(lengths, device=device)
@@ -146,7 +146,7 @@ def sample(
     for step in range(max_new_tokens):
         logits_BV = model.head.logits(state_BD)
         prob_BV = warp(logits_BV, temperature=temperature, top_p=top_p, top_k=top_k)
-        ids_B = _draw(prob_BV, uniform_BS[:, step])
+        ids_B = _draw(prob_BV, uniform_BK[:, step])
         logp_BV = logits_BV.log_softmax(-1)
         values_BK = None if watch is None else watch(logp_BV, ids_B).cpu()
         taken = logp_BV.gather(1, ids_B[:, None])[:, 0].tolist()
@@ -161,7 +161,7 @@ def sample(
         if bool(ended_B.any()):
             left_B = (~ended_B).nonzero()[:, 0]
             rows = [rows[i] for i in left_B.tolist()]
-            cache, ids_B, uniform_BS = cache.rows(left_B), ids_B[left_B], uniform_BS[left_B]
+            cache, ids_B, uniform_BK = cache.rows(left_B), ids_B[left_B], uniform_BK[left_B]
         if not rows or step == max_new_tokens - 1:
             break
         state_BD = model(ids_B[:, None], cache)[:, 0]

@@ -9,8 +9,10 @@ which there is no sampling to take log-probabilities from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,33 @@ from torch import Tensor
 from minigold.events import Side, measure
 from minigold.sample import CausalLM, completion_states, pad
 
-__all__ = ["Score", "score"]
+__all__ = ["Carried", "Reading", "Score", "score"]
+
+
+CARRY_FROM = 1e-3  # carried mass under this share of what is known is left out
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model reads: its prompt, a completion, and the token before which each chunk starts."""
+
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    starts: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What longer tokens, over a chunk's start, say of the text that follows.
+
+    Args:
+        event_K: int64, the event of what such a token adds.
+        mass_K: float64, its share of all that is known of the text there; their sum is the
+            overhang, and the rest is the prediction after the token that was taken.
+    """
+
+    event_K: Tensor
+    mass_K: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,69 +54,145 @@ class Score:
     """One completion under one model; T tokens.
 
     Args:
-        hidden_TD: T + 1 states on the model's device; state i predicts token i, the last one what
+        hidden_MD: T + 1 states on the model's device; state i predicts token i, the last one what
             follows the completion.
         logp_T: float32 on the CPU, nats, of each token.
         end_logp: nats, of any of `end_ids` after the completion.
-        measures_T4: `events.measure` of each token: overhang, shared, projected, other.
+        measures_T5: `events.measure` of each token: overhang, inside, shared, projected, other.
+        carried: for chunk starts (token index) where there is some.
     """
 
-    hidden_TD: Tensor
+    hidden_MD: Tensor
     logp_T: Tensor
     end_logp: float
-    measures_T4: Tensor
+    measures_T5: Tensor
+    carried: dict[int, Carried]
 
 
 @torch.no_grad()
 def score(
     model: CausalLM,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    readings: Sequence[Reading],
     *,
     end_ids: Sequence[int],
     side: Side,
-    n_events: int,
     micro_batch: int = 8,
     block: int = 64,
 ) -> list[Score]:
-    """Reads pairs of (prompt ids, completion ids), in their order.
+    """Reads completions, in their order.
 
     Args:
-        rows: prompts have at least one token; completions may be empty.
+        readings: prompts have at least one token; completions may be empty.
         end_ids: ids whose probabilities add up to the end of the turn.
         side: this model's side of the events, for the audit.
         micro_batch: rows a forward pass, longest first so that padding is small.
         block: positions whose logits exist at a time.
     """
-    order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i])))
+    order = sorted(
+        range(len(readings)), key=lambda i: -len(readings[i].prompt_ids) - len(readings[i].ids)
+    )
     scores: dict[int, Score] = {}
     for start in range(0, len(order), micro_batch):
         chosen = order[start : start + micro_batch]
-        hidden_BSD = model(pad([[*rows[i][0], *rows[i][1]] for i in chosen], model.device))
-        for hidden_SD, i in zip(hidden_BSD, chosen, strict=True):
-            prompt, completion = rows[i]
-            states_TD = completion_states(hidden_SD, len(prompt), len(completion)).clone()
-            scores[i] = _read(model, states_TD, completion, end_ids, side, n_events, block)
-    return [scores[i] for i in range(len(rows))]
+        rows = [[*readings[i].prompt_ids, *readings[i].ids] for i in chosen]
+        for hidden_SD, i in zip(model(pad(rows, model.device)), chosen, strict=True):
+            one = readings[i]
+            states_MD = completion_states(hidden_SD, len(one.prompt_ids), len(one.ids)).clone()
+            scores[i] = _read(model, states_MD, one, end_ids, side, block)
+    return [scores[i] for i in range(len(readings))]
 
 
 def _read(
     model: CausalLM,
-    hidden_TD: Tensor,
-    completion: Sequence[int],
+    hidden_MD: Tensor,
+    reading: Reading,
     end_ids: Sequence[int],
     side: Side,
-    n_events: int,
     block: int,
 ) -> Score:
-    ids_T = torch.tensor(completion, dtype=torch.int64, device=hidden_TD.device)
-    logps, measures = [hidden_TD.new_zeros(0)], [hidden_TD.new_zeros(0, 4)]
+    ids_T = torch.tensor(reading.ids, dtype=torch.int64, device=hidden_MD.device)
+    logps, measures = [hidden_MD.new_zeros(0)], [hidden_MD.new_zeros(0, 5)]
     end_logp = float("-inf")
-    for start in range(0, len(hidden_TD), block):
-        logp_NV = model.head.logits(hidden_TD[start : start + block]).log_softmax(-1)
-        if start + block >= len(hidden_TD):
+    for start in range(0, len(hidden_MD), block):
+        logp_NV = model.head.logits(hidden_MD[start : start + block]).log_softmax(-1)
+        if start + block >= len(hidden_MD):
             end_logp = float(logp_NV[-1, list(end_ids)].logsumexp(0))
         ids_N = ids_T[start : start + block]
         logp_NV = logp_NV[: len(ids_N)]
         logps.append(logp_NV.gather(1, ids_N[:, None])[:, 0])
-        measures.append(torch.stack(measure(logp_NV, ids_N, side, n_events), dim=1))
-    return Score(hidden_TD, torch.cat(logps).cpu(), end_logp, torch.cat(measures).cpu())
+        measures.append(torch.stack(measure(logp_NV, ids_N, side), dim=1))
+    logp_T = torch.cat(logps).cpu()
+    carried = _carried(model, hidden_MD, reading, logp_T.tolist(), side, block)
+    return Score(hidden_MD, logp_T, end_logp, torch.cat(measures).cpu(), carried)
+
+
+class _Cover(NamedTuple):
+    """Tokens that start at token `at` and reach over the start of the chunk at token `start`."""
+
+    start: int
+    at: int
+    text: bytes  # of the tokens between
+    log_share: float  # nats, minus the log-probability of the tokens between
+
+
+def _covers(reading: Reading, logp: Sequence[float], side: Side) -> list[_Cover]:
+    """All of them that can hold a mass that counts."""
+    found = []
+    for start in reading.starts:
+        text, log_share = b"", 0.0
+        for at in range(start - 1, -1, -1):
+            text = side.spelling[reading.ids[at]] + text
+            if not side.spelling[reading.ids[at]] or len(text) >= side.longest:
+                break
+            log_share -= logp[at]
+            bound = math.log1p(-min(math.exp(logp[at]), 1 - 1e-15)) + log_share
+            if bound > math.log(CARRY_FROM) and side.has_longer(text):
+                found.append(_Cover(start, at, text, min(log_share, 600.0)))
+    return found
+
+
+def _carried(
+    model: CausalLM,
+    hidden_MD: Tensor,
+    reading: Reading,
+    logp: Sequence[float],
+    side: Side,
+    block: int,
+) -> dict[int, Carried]:
+    """The longer tokens over each chunk's start, from every token before it that they begin at.
+
+    Source: 2410.09303, the next bytes from the tokens that cover them. Differs: tokens that were
+    another event at the shared boundary where they begin are left out, as the comparison there has
+    told them apart already; events take the place of bytes.
+    """
+    covers = _covers(reading, logp, side)
+    shared = {0, *reading.starts}
+    masses: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    places = sorted({cover.at for cover in covers})
+    for i in range(0, len(places), block):
+        some = places[i : i + block]
+        prob_NV = model.head.logits(hidden_MD[some]).softmax(-1)
+        row = {at: n for n, at in enumerate(some)}
+        for cover in covers:
+            if cover.at in row:
+                longer_K, event_K = side.longer(cover.text)
+                if cover.at in shared:
+                    taken = side.event_V[reading.ids[cover.at]]
+                    merged_K = side.event_V[longer_K] == taken
+                    longer_K, event_K = longer_K[merged_K], event_K[merged_K]
+                mass_K = prob_NV[row[cover.at], longer_K].double() * math.exp(cover.log_share)
+                masses.setdefault(cover.start, []).append((event_K, mass_K))
+    return {
+        start: kept for start, parts in masses.items() if (kept := _summed(parts)) is not None
+    }
+
+
+def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> Carried | None:
+    """Masses beside 1, the prediction after the taken token, as shares of the sum."""
+    event_K, place_K = torch.cat([event for event, _ in parts]).unique(return_inverse=True)
+    raw_K = torch.cat([mass for _, mass in parts])
+    mass_K = raw_K.new_zeros(len(event_K)).index_add(0, place_K, raw_K)
+    counts_K = mass_K > CARRY_FROM * 0.01 * (1 + mass_K.sum())
+    event_K, mass_K = event_K[counts_K], mass_K[counts_K]
+    share_K = mass_K / (1 + mass_K.sum())
+    return Carried(event_K, share_K) if share_K.sum() > CARRY_FROM else None

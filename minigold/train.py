@@ -24,18 +24,27 @@ from torch import Tensor
 
 import minigold
 from minigold import metrics as measured
-from minigold.batch import Answer, Array, Rollout, answer_of, needed_states, pack, rollout_of
+from minigold.batch import (
+    Answer,
+    Array,
+    Rollout,
+    answer_of,
+    head_rows,
+    needed_states,
+    pack,
+    rollout_of,
+)
 from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.disagree import acceptance, choose
-from minigold.events import Events, match, measure, project
+from minigold.events import Events, match, measure
 from minigold.load import LanguageModel
 from minigold.loss import gold_loss
-from minigold.model import save_decoder
 from minigold.offsets import encode_continuation, vocabulary
 from minigold.sample import completion_states, pad, sample
-from minigold.teacher import score
+from minigold.teacher import Reading, score
+from minigold.weights import save_decoder
 
 __all__ = ["Config", "Pair", "Step", "collect", "distill", "make_pair", "train_pass"]
 
@@ -209,7 +218,7 @@ def sample_answers(
     seeds = _seeds(config.seed, number, DRAW, len(rows))
 
     def watch(logp_BV: Tensor, ids_B: Tensor) -> Tensor:
-        return torch.stack(measure(logp_BV, ids_B, events.student, events.n_events), dim=1)
+        return torch.stack(measure(logp_BV, ids_B, events.student), dim=1)
 
     drawn = {}
     if live:
@@ -242,6 +251,7 @@ def sample_answers(
                 teacher_prompt_ids=prompt_ids(pair.teacher, told, plain=config.teacher_plain),
                 student_tokenizer=student.tokenizer,
                 teacher_tokenizer=pair.teacher.tokenizer,
+                end_id=student.end_id,
                 identical=events.identical,
             )
         )
@@ -260,34 +270,34 @@ def collect(
     events, student = pair.events, pair.student
     scores = score(
         pair.teacher.decoder,
-        [(a.teacher_prompt_ids, a.teacher_ids) for a in answers],
+        [
+            Reading(a.teacher_prompt_ids, a.teacher_ids, [t for t in a.chunks.t0.tolist() if t])
+            for a in answers
+        ],
         end_ids=pair.teacher.eos_ids,
         side=events.teacher,
-        n_events=events.n_events,
         micro_batch=config.micro_batch,
     )
     unread = [i for i, known in enumerate(student_side) if known is None]
     with precision(student):
         own = score(
             student.decoder,
-            [(answers[i].prompt_ids, answers[i].ids) for i in unread],
+            [Reading(answers[i].prompt_ids, answers[i].ids) for i in unread],
             end_ids=[student.end_id],
             side=events.student,
-            n_events=events.n_events,
-            micro_batch=config.micro_batch,
+                micro_batch=config.micro_batch,
         )
-    read = {i: (s.logp_T.numpy(), s.measures_T4.numpy()) for i, s in zip(unread, own, strict=True)}
+    read = {i: (s.logp_T.numpy(), s.measures_T5.numpy()) for i, s in zip(unread, own, strict=True)}
     rollouts = []
     for i, (answer, teacher_score) in enumerate(zip(answers, scores, strict=True)):
-        logp_S, measures_S4 = student_side[i] or read[i]
+        logp_S, measures_S5 = student_side[i] or read[i]
         rollouts.append(
             rollout_of(
                 answer,
                 teacher_score,
                 student_logp_S=logp_S,
-                student_measures_S4=measures_S4,
+                student_measures_S5=measures_S5,
                 events=events,
-                end_id=student.end_id,
             )
         )
     return rollouts
@@ -338,7 +348,6 @@ def train_pass(
                 teacher_head=pair.teacher.decoder.head,
                 rows=rows,
                 events=pair.events,
-                project=project,
                 beta=config.beta,
                 weight=weight,
             ).total
@@ -359,7 +368,7 @@ def work_saved(
     body = sum(p.numel() for p in student.decoder.parameters()) - head
     spent = full = 0
     for r, mask, length, need in zip(rollouts, chosen, lengths, needs, strict=True):
-        heads = np.where(r.observed_C, r.chunks.s1 - r.chunks.s0, 1)
+        heads = head_rows(r)
         spent += (body * length if need else 0) + head * int(heads[mask].sum())
         every = needed_states(r, np.ones(len(mask), dtype=bool))
         full += body * (len(r.answer.prompt_ids) + every - 1) + head * int(heads.sum())

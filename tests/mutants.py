@@ -66,9 +66,51 @@ MUTANTS = (
     # with a cache a token does not see itself
     Mutant(
         "minigold/model.py",
-        "mask = (key <= query) & (key > query - window)",
-        "mask = (key < query) & (key > query - window)",
+        "(key <= query) & (key > query - window)",
+        "(key < query) & (key > query - window)",
         "tests/test_sample.py",
+    ),
+    # the sliding window holds one token more
+    Mutant(
+        "minigold/model.py",
+        "(key <= query) & (key > query - window)",
+        "(key <= query) & (key >= query - window)",
+        "tests/test_model.py",
+    ),
+    # the halves of a head turn the other way
+    Mutant(
+        "minigold/model.py",
+        "torch.cat([-high, low], dim=-1)",
+        "torch.cat([high, -low], dim=-1)",
+        "tests/test_model.py",
+    ),
+    # an old key that scales positions is overlooked where the new one stands too
+    Mutant(
+        "minigold/weights.py",
+        'rope = {**rope, **(config.get("rope_scaling") or {})}',
+        'rope = rope or config.get("rope_scaling") or {}',
+        "tests/test_weights.py",
+    ),
+    # templates may change the messages
+    Mutant(
+        "minigold/chat.py",
+        "jinja2.sandbox.ImmutableSandboxedEnvironment(",
+        "jinja2.sandbox.SandboxedEnvironment(",
+        "tests/test_chat.py",
+    ),
+    # rows of padding behind the tokenizer's ids can be sampled
+    Mutant(
+        "minigold/load.py",
+        "decoder.n_tokens = n_tokens",
+        "decoder.n_tokens = decoder.config.vocab_size",
+        "tests/test_load.py",
+    ),
+    # ends of turn count in the reverse KL a byte
+    Mutant(
+        "minigold/metrics.py",
+        "text_C = r.scorable_C & (r.chunks.end > r.chunks.start)",
+        "text_C = r.scorable_C",
+        "tests/test_metrics.py",
     ),
 )
 

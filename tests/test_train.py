@@ -97,7 +97,7 @@ def test_both_sides_score_each_token_given_what_stands_before_it() -> None:
         logp_W = pair.teacher.decoder.head.logits(hidden[0, -1]).log_softmax(-1)
         ends = torch.logsumexp(logp_W[list(pair.teacher.eos_ids)], 0)
         assert r.score.end_logp == pytest.approx(ends.item(), abs=1e-4)
-        assert len(r.score.hidden_TD) == len(a.teacher_ids) + 1
+        assert len(r.score.hidden_MD) == len(a.teacher_ids) + 1
 
 
 def test_chunks_cover_all_tokens_and_add_their_logps_up() -> None:

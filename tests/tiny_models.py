@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random models of each family, alone or with one of the test tokenizers."""
 
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from tokenizers import Tokenizer
 
 from minigold.load import LanguageModel
 from minigold.model import Decoder, ModelConfig
+from minigold.weights import model_config
 
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 SHARED: dict[str, Any] = {
     "hidden_size": 20,
     "intermediate_size": 24,
@@ -23,7 +26,17 @@ SHARED: dict[str, Any] = {
 }
 
 
-def tiny_config(family: str, vocab_size: int) -> ModelConfig:
+def raw_config(family: str, vocab_size: int = 41, **changes: Any) -> dict[str, Any]:
+    """The object of a config.json; `gemma3` is the text model nested beside one for images."""
+    if family == "gemma3":
+        return {
+            "model_type": family,
+            "text_config": raw_config("gemma3_text", vocab_size, **changes),
+            "vision_config": {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+                              "num_attention_heads": 2, "image_size": 4, "patch_size": 2,
+                              "vision_use_head": False, "model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+        }  # fmt: skip
     raw = {"model_type": family, "vocab_size": vocab_size, **SHARED}
     if family == "gemma3_text":
         raw |= {
@@ -31,7 +44,24 @@ def tiny_config(family: str, vocab_size: int) -> ModelConfig:
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 6,
         }
-    return ModelConfig.from_json(raw)
+    return {**raw, **changes}
+
+
+def tiny_config(family: str, vocab_size: int) -> ModelConfig:
+    return model_config(raw_config(family, vocab_size))
+
+
+def hugging_face_model(raw: dict[str, Any], seed: int = 0) -> Any:
+    """What `transformers` makes of a config.json, with random weights in every tensor."""
+    import transformers
+
+    config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(deepcopy(raw))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
 
 
 @lru_cache(maxsize=16)
