@@ -33,11 +33,11 @@ __all__ = ["DEMO", "accuracy", "demo_models", "marked", "run_demo"]
 
 FOLDER = Path(__file__).parent / "demo_data"
 DEMO = Config(
-    steps=300,
+    steps=600,
     batch_size=64,
     micro_batch=64,
     max_new_tokens=24,
-    lr=2e-3,
+    lr=3e-3,
     warmup=10,
     student_plain=True,
 )

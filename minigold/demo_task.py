@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The task of the demo: a made-up operator on number words.
 
-    six glim nine, two glim four        ->  eighty-one, forty-two
+    six glim three, two glim four
+    -> ninety-four, seventy-six
 
 Nobody can guess the operator, so a student that answers has it from the teacher. Answers are
 words, so the two tokenizers cut them at different places; digits would not test alignment.
@@ -16,9 +17,9 @@ from minigold.data import Prompt
 
 __all__ = ["N_HELD_OUT", "N_WARM_UP", "OPERANDS", "glim", "held_out", "number_word", "prompts", "warm_up"]
 
-OPERANDS = 12  # zero to eleven
+OPERANDS = 8  # zero to seven
 N_HELD_OUT = 200
-N_WARM_UP = 32
+N_WARM_UP = 24
 _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen"
@@ -41,8 +42,8 @@ def number_word(n: int) -> str:
 def glim(a: int, b: int) -> int:
     """The operator: an arbitrary rule from two numbers to 0..99.
 
-    >>> glim(6, 9), glim(9, 6)
-    (65, 77)
+    >>> glim(6, 3), glim(3, 6)
+    (94, 28)
     """
     return (a * a * b + 17 * a + 13 * b + 29 * (a ^ b)) % 100
 
@@ -72,5 +73,5 @@ def prompts() -> list[Prompt]:
 
 
 def warm_up() -> list[Prompt]:
-    """The few of them whose answers the student has seen; they hold less than half of the sums."""
+    """The few of them whose answers the student has seen; they hold less than two thirds of the sums."""
     return prompts()[:N_WARM_UP]

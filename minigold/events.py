@@ -41,6 +41,7 @@ class Side:
     """One side's map from token ids to events.
 
     Args:
+        identity: the ids themselves are the events.
         event_V: int64, the event of each id; `n_events` stands for *other*, that is no event.
         shared_V: bool, ids that stand for their event by themselves (the end of turn included).
         spelling: the bytes of each id, b"" where it stands for no text.
@@ -52,6 +53,7 @@ class Side:
     """
 
     n_events: int
+    identity: bool
     event_V: Tensor
     shared_V: Tensor
     spelling: Sequence[bytes]
@@ -77,9 +79,9 @@ class Side:
             prob_NX: `n_events + 2` columns: the events, an empty column for the observed chunk,
             and *other*; rows sum to 1.
         """
-        n, v = prob_NV.shape
-        if v == self.n_events:  # identical vocabularies: the ids are the events
+        if self.identity:
             return torch.nn.functional.pad(prob_NV, (0, 2))
+        n, v = prob_NV.shape
         column_V = self.column(self.event_V)
         empty_NX = prob_NV.new_zeros(n, self.n_events + 2)
         return empty_NX.scatter_add(1, column_V.expand(n, v), prob_NV)
@@ -93,33 +95,38 @@ class Side:
         low, high = _extensions(text, self.keys)
         return low < high
 
-    def longer(self, text: bytes) -> tuple[Tensor, Tensor]:
-        """Ids of the tokens that strictly extend `text`, and the event of what they add; int64."""
+    def longer(self, text: bytes, event: int | None) -> tuple[Tensor, Tensor]:
+        """Ids of the tokens that strictly extend `text`, and the event of what they add; int64.
+
+        With an `event` only tokens of this event: where a token of it was taken at a shared
+        boundary, all others were told apart from it there.
+        """
         low, high = _extensions(text, self.keys)
         if text not in self.rests:
-            events = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
-            self.rests[text] = self.sorted_U.new_tensor(events)
-        return self.sorted_U[low:high], self.rests[text]
+            rests = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
+            self.rests[text] = self.sorted_U.new_tensor(rests)
+        ids_U, rest_U = self.sorted_U[low:high], self.rests[text]
+        if event is None:
+            return ids_U, rest_U
+        merged = self.event_V[ids_U] == event
+        return ids_U[merged], rest_U[merged]
 
     def carry(self, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor:
         """Mass of the tokens that extend the taken one, by the event of what they add.
 
         Args:
             prob_NV: the distributions that `ids_N` were taken from; differentiable.
-            inside_N: bool, the taken token does not start at a shared boundary. If it does, only
-                tokens of the same event count: the others were told apart from it there.
+            inside_N: bool, the taken token does not start at a shared boundary.
 
         Returns:
             carried_NX: columns as in `project`.
         """
         rows = []
         for prob_V, i, inside in zip(prob_NV, ids_N.tolist(), inside_N.tolist(), strict=True):
-            longer_K, event_K = self.longer(self.spelling[i])
-            if not inside:
-                merged_K = self.event_V[longer_K] == self.event_V[i]
-                longer_K, event_K = longer_K[merged_K], event_K[merged_K]
+            event = None if inside else int(self.event_V[i])
+            ids, rests = self.longer(self.spelling[i], event)
             empty_X = prob_NV.new_zeros(self.n_events + 2)
-            rows.append(empty_X.index_add(0, self.column(event_K), prob_V[longer_K]))
+            rows.append(empty_X.index_add(0, self.column(rests), prob_V[ids]))
         return torch.stack(rows)
 
 
@@ -271,6 +278,7 @@ def _side(
     low_high_V2 = torch.tensor(ranges, dtype=torch.int64)
     return Side(
         n_events=n_events,
+        identity=identity,
         event_V=torch.tensor(event, dtype=torch.int64),
         shared_V=torch.tensor(shared),
         spelling=spelling,

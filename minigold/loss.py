@@ -19,6 +19,8 @@ __all__ = ["FLOOR", "ChunkRows", "chunk_losses", "divergence", "gold_loss"]
 
 FLOOR = 1e-18  # probabilities below count as this; its square is still a normal float32
 END = 1e-3  # within this of 0 or 1, beta is the end itself
+RARE = 1e-8  # what was less likely than this is not conditioned on: bounds the gradient
+MOST = 1 - 1e-3  # of an event that its observed chunk takes at most: what is left is no rounding
 
 
 class Head(Protocol):
@@ -233,18 +235,19 @@ def _student_law(logp_NV: Tensor, rows: ChunkRows, side: Side) -> tuple[Tensor, 
     own = rows.student
     prob_CX = side.project(logp_NV[own.kind_N == FIRST].exp())
     logp_C = _chunk_logp(logp_NV, own, side, rows.observed_C)
-    before_K = (own.kind_N >= BEFORE).nonzero()[:, 0]
-    if len(before_K) == 0:
+    before = (own.kind_N >= BEFORE).nonzero()[:, 0]
+    if len(before) == 0:
         return prob_CX, logp_C
-    chunk_K, ids_K = own.chunk_N[before_K], own.ids_N[before_K]
-    prob_KV = logp_NV[before_K].exp()
+    prob_KV, ids_K, chunk_K = logp_NV[before].exp(), own.ids_N[before], own.chunk_N[before]
     taken_K = prob_KV.gather(1, ids_K[:, None])[:, 0]
-    carried_KX = side.carry(prob_KV, ids_K, own.kind_N[before_K] == INSIDE)
-    known_K = (taken_K + carried_KX.sum(-1)).clamp(min=FLOOR)
-    stay_K = taken_K / known_K
-    stay_C1 = torch.ones_like(logp_C).index_put((chunk_K,), stay_K)[:, None]
-    law_CX = (prob_CX * stay_C1).index_add(0, chunk_K, carried_KX / known_K[:, None])
-    return law_CX, logp_C.index_add(0, chunk_K, stay_K.clamp(min=FLOOR).log())
+    carried_KX = side.carry(prob_KV, ids_K, own.kind_N[before] == INSIDE)
+    known_K = taken_K + carried_KX.sum(-1)
+    counts_K = known_K > RARE
+    stay_K = torch.where(counts_K, taken_K / known_K.clamp(min=RARE), 1.0)
+    over_KX = torch.where(counts_K[:, None], carried_KX / known_K.clamp(min=RARE)[:, None], 0.0)
+    stay_C = torch.ones_like(logp_C).index_put((chunk_K,), stay_K)
+    law_CX = (prob_CX * stay_C[:, None]).index_add(0, chunk_K, over_KX)
+    return law_CX, logp_C + stay_C.clamp(min=FLOOR).log()
 
 
 def _chunk_logp(logp_NV: Tensor, rows: Rows, side: Side, observed_C: Tensor) -> Tensor:
@@ -270,14 +273,14 @@ def _with_observed(prob_CX: Tensor, logp_C: Tensor, event_C: Tensor, observed_C:
     last = prob_CX.shape[1] - 2
     source_C = torch.where(event_C == last, last + 1, event_C)
     held_C = prob_CX.gather(1, source_C[:, None])[:, 0]
-    moved_C = torch.where(observed_C, torch.minimum(logp_C.exp(), held_C), 0.0)
+    moved_C = torch.where(observed_C, torch.minimum(logp_C.exp(), MOST * held_C), 0.0)
     where_C2 = torch.stack([source_C, torch.full_like(source_C, last)], dim=1)
     return prob_CX.scatter_add(1, where_C2, torch.stack([-moved_C, moved_C], dim=1))
 
 
 def _conditioned(prob_CX: Tensor) -> Tensor:
     inside_CK = prob_CX[:, :-1]
-    return inside_CK / inside_CK.sum(-1, keepdim=True).clamp(min=FLOOR)
+    return inside_CK / inside_CK.sum(-1, keepdim=True).clamp(min=RARE)
 
 
 def _hidden_mass(prob_CX: Tensor) -> Tensor:
@@ -347,12 +350,12 @@ class _Blockwise(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD)
         losses = []
         for number, rows in enumerate(blocks):
-            raw_NV = (hidden_ND[rows] @ weight_VD.T).requires_grad_()
+            raw_KV = (hidden_ND[rows] @ weight_VD.T).requires_grad_()
             with torch.enable_grad():
-                loss_C = losses_of(number, raw_NV)
-                (grad_NV,) = torch.autograd.grad(loss_C.sum() * weight, raw_NV)
-            grad_hidden_ND[rows] = grad_NV @ weight_VD
-            grad_weight_VD.addmm_(grad_NV.T.to(hidden_ND.dtype), hidden_ND[rows])
+                loss_C = losses_of(number, raw_KV)
+                (grad_KV,) = torch.autograd.grad(loss_C.sum() * weight, raw_KV)
+            grad_hidden_ND[rows] = grad_KV @ weight_VD
+            grad_weight_VD.addmm_(grad_KV.T.to(hidden_ND.dtype), hidden_ND[rows])
             losses.append(loss_C.detach())
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         loss_C = torch.cat(losses)

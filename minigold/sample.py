@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -130,51 +130,58 @@ def sample(
     """
     _check(prompts, max_new_tokens, temperature, top_p, top_k)
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    device, lengths = model.device, [len(prompt) for prompt in prompts]
-    stop = torch.tensor(sorted(eos_ids), device=device, dtype=torch.int64)
-    uniform_BK = _uniforms(seeds, max_new_tokens).to(device)
-    cache = model.empty_cache(len(prompts), max(lengths) + max_new_tokens)
-    hidden_BSD = model(pad(prompts, device), cache)
-    cache.start_B = torch.tensor(lengths, device=device)
-    state_BD = hidden_BSD[torch.arange(len(prompts), device=device), cache.start_B - 1]
+    uniform_BN = _uniforms(seeds, max_new_tokens).to(model.device)
+    stops = frozenset(eos_ids)
+    cache = model.empty_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
+    state = _prefill(model, prompts, cache)
 
     rows = list(range(len(prompts)))  # the prompt of each row still in the batch
-    ids: list[list[int]] = [[] for _ in prompts]
-    logps: list[list[float]] = [[] for _ in prompts]
-    watched: list[list[Tensor]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
+    drawn: list[list[_Drawn]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
-        logits_BV = model.head.logits(state_BD)
-        prob_BV = warp(logits_BV, temperature=temperature, top_p=top_p, top_k=top_k)
-        ids_B = _draw(prob_BV, uniform_BK[:, step])
-        logp_BV = logits_BV.log_softmax(-1)
-        values_BK = None if watch is None else watch(logp_BV, ids_B).cpu()
-        taken = logp_BV.gather(1, ids_B[:, None])[:, 0].tolist()
-        for i, (row, token) in enumerate(zip(rows, ids_B.tolist(), strict=True)):
-            ids[row].append(token)
-            logps[row].append(taken[i])
-            if values_BK is not None:
-                watched[row].append(values_BK[i])
-        ended_B = torch.isin(ids_B, stop)
-        for i in ended_B.nonzero()[:, 0].tolist():
-            finished[rows[i]] = True
-        if bool(ended_B.any()):
-            left_B = (~ended_B).nonzero()[:, 0]
-            rows = [rows[i] for i in left_B.tolist()]
-            cache, ids_B, uniform_BK = cache.rows(left_B), ids_B[left_B], uniform_BK[left_B]
+        logits = model.head.logits(state)
+        prob = warp(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+        taken = _take(logits, _draw(prob, uniform_BN[rows, step]), watch)
+        for row, one in zip(rows, taken, strict=True):
+            drawn[row].append(one)
+        left = [i for i, one in enumerate(taken) if one.token not in stops]
+        rows = [rows[i] for i in left]
         if not rows or step == max_new_tokens - 1:
             break
-        state_BD = model(ids_B[:, None], cache)[:, 0]
+        if len(left) < len(taken):
+            cache = cache.rows(torch.tensor(left, device=model.device))
+        tokens = torch.tensor([[taken[i].token] for i in left], device=model.device)
+        state = model(tokens, cache)[:, 0]
         cache.start_B = cache.start_B + 1
     return [
         Completion(
-            ids[row],
-            torch.tensor(logps[row]),
-            finished[row],
-            torch.stack(watched[row]) if watch is not None else None,
+            [one.token for one in row],
+            torch.tensor([one.logp for one in row]),
+            row[-1].token in stops,
+            torch.stack([one.watched_K for one in row]) if watch is not None else None,
         )
-        for row in range(len(prompts))
+        for row in drawn
     ]
+
+
+class _Drawn(NamedTuple):
+    token: int
+    logp: float
+    watched_K: Tensor
+
+
+def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
+    """Reads the prompts into the cache; the states that predict each first token, [B, D]."""
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    hidden_BSD = model(pad(prompts, model.device), cache)
+    cache.start_B = lengths_B
+    return hidden_BSD[torch.arange(len(prompts), device=model.device), lengths_B - 1]
+
+
+def _take(logits_BV: Tensor, ids_B: Tensor, watch: Watch | None) -> list[_Drawn]:
+    logp_BV = logits_BV.log_softmax(-1)
+    taken_B = logp_BV.gather(1, ids_B[:, None])[:, 0]
+    watched_BK = torch.zeros(len(ids_B), 0) if watch is None else watch(logp_BV, ids_B).cpu()
+    return [_Drawn(*row) for row in zip(ids_B.tolist(), taken_B.tolist(), watched_BK, strict=True)]
 
 
 def _check(

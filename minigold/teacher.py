@@ -175,13 +175,10 @@ def _carried(
         row = {at: n for n, at in enumerate(some)}
         for cover in covers:
             if cover.at in row:
-                longer_K, event_K = side.longer(cover.text)
-                if cover.at in shared:
-                    taken = side.event_V[reading.ids[cover.at]]
-                    merged_K = side.event_V[longer_K] == taken
-                    longer_K, event_K = longer_K[merged_K], event_K[merged_K]
-                mass_K = prob_NV[row[cover.at], longer_K].double() * math.exp(cover.log_share)
-                masses.setdefault(cover.start, []).append((event_K, mass_K))
+                taken = int(side.event_V[reading.ids[cover.at]]) if cover.at in shared else None
+                ids, rests = side.longer(cover.text, taken)
+                mass = prob_NV[row[cover.at], ids].double() * math.exp(cover.log_share)
+                masses.setdefault(cover.start, []).append((rests, mass))
     return {
         start: kept for start, parts in masses.items() if (kept := _summed(parts)) is not None
     }
@@ -189,10 +186,9 @@ def _carried(
 
 def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> Carried | None:
     """Masses beside 1, the prediction after the taken token, as shares of the sum."""
-    event_K, place_K = torch.cat([event for event, _ in parts]).unique(return_inverse=True)
-    raw_K = torch.cat([mass for _, mass in parts])
-    mass_K = raw_K.new_zeros(len(event_K)).index_add(0, place_K, raw_K)
-    counts_K = mass_K > CARRY_FROM * 0.01 * (1 + mass_K.sum())
-    event_K, mass_K = event_K[counts_K], mass_K[counts_K]
-    share_K = mass_K / (1 + mass_K.sum())
-    return Carried(event_K, share_K) if share_K.sum() > CARRY_FROM else None
+    events, place = torch.cat([event for event, _ in parts]).unique(return_inverse=True)
+    raw = torch.cat([mass for _, mass in parts])
+    mass = raw.new_zeros(len(events)).index_add(0, place, raw)
+    counts = mass > CARRY_FROM * 0.01 * (1 + mass.sum())
+    share_K = mass[counts] / (1 + mass[counts].sum())
+    return Carried(events[counts], share_K) if share_K.sum() > CARRY_FROM else None

@@ -46,13 +46,63 @@ def project_of(prob: Sequence[float], event_of: Mapping[int, int], n_events: int
     return out
 
 
-def overhang_of(
-    prob: Sequence[float], texts: Sequence[bytes], shared: Sequence[bool], taken: int
-) -> float:
-    """Mass of unshared tokens that strictly extend the taken one, relative to it."""
-    longer = sum(
-        p
-        for p, text, one in zip(prob, texts, shared, strict=True)
-        if not one and text.startswith(texts[taken]) and len(text) > len(texts[taken])
-    )
-    return longer / (longer + prob[taken])
+class SlowSide:
+    """One side's map to events, by trying everything."""
+
+    def __init__(
+        self, texts: Sequence[bytes], roles: Sequence[str], names: Sequence[bytes],
+        pieces: Mapping[bytes, bytes],
+    ) -> None:  # fmt: skip
+        """`names`: the spellings of the text events; the end of turn comes after them."""
+        self.texts = [t if role == "text" else b"" for t, role in zip(texts, roles, strict=True)]
+        self.names, self.pieces, self.n_events = list(names), pieces, len(names) + 1
+        self.events = [
+            len(names) if role == "end" else self.event_of(t)
+            for t, role in zip(self.texts, roles, strict=True)
+        ]
+
+    def event_of(self, text: bytes) -> int:
+        """Itself, else the other side's first piece, else the longest prefix, else other."""
+        prefixes = [text[:k] for k in range(len(text), 0, -1)]
+        candidates = [text, self.pieces.get(text, b""), *prefixes]
+        known = [one for one in candidates if one in self.names]
+        return self.names.index(known[0]) if known else self.n_events
+
+    def carry(self, prob: Sequence[float], over: bytes, event: int | None) -> dict[int, float]:
+        """Mass of tokens that strictly extend `over`, by the event of what they add.
+
+        With an `event` only tokens of this event count.
+        """
+        found: dict[int, float] = {}
+        for text, own, p in zip(self.texts, self.events, prob, strict=True):
+            if text.startswith(over) and len(text) > len(over) and event in (None, own):
+                rest = self.event_of(text[len(over) :])
+                found[rest] = found.get(rest, 0.0) + p
+        return found
+
+
+def law_of(
+    prob: Sequence[float], side: SlowSide, carried: Mapping[int, float], stay: float
+) -> list[float]:
+    """Events, the empty place, other: `stay` of the prediction, and what is carried over."""
+    plain = project_of(prob, dict(enumerate(side.events)), side.n_events)
+    law = [stay * p for p in plain]
+    for event, mass in carried.items():
+        law[side.n_events + 1 if event == side.n_events else event] += mass
+    return law
+
+
+def loss_of(
+    student: Sequence[float], teacher: Sequence[float], source: tuple[int, int] | None,
+    moved: tuple[float, float], beta: float,
+) -> float:  # fmt: skip
+    """One chunk's loss from two laws; `moved` leaves the events `source` for the observed one."""
+    laws = [list(student), list(teacher)]
+    if source is not None:
+        for law, event, mass in zip(laws, source, moved, strict=True):
+            place = len(law) - 1 if event == len(law) - 2 else event
+            mass = min(mass, 0.999 * law[place])
+            law[place] -= mass
+            law[-2] += mass
+    inside = [[max(p / sum(law[:-1]), 1e-18) for p in law[:-1]] for law in laws]
+    return divergence_of(inside[0], inside[1], beta) - math.log(1 - laws[0][-1])

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigold.events import match, measure, project
+from minigold.events import Side, match, measure
 from minigold.offsets import Vocabulary
-from reference_losses import overhang_of, project_of
+from reference_losses import SlowSide, project_of
 
 TEXTS = st.lists(
     st.text(alphabet="ab \x00é", min_size=1, max_size=4).map(str.encode), min_size=1, max_size=12
@@ -58,9 +58,7 @@ def test_equal_bytes_add_up() -> None:
     student, teacher = words(".", "a"), words(".", ".", "a")
     events = match(student, teacher)
     prob_NW = torch.tensor([[0.25, 0.5, 0.125, 0.125]])
-    assert project(prob_NW, events.teacher, events.n_events).tolist() == [
-        [0.75, 0.125, 0.125, 0.0, 0.0]
-    ]
+    assert events.teacher.project(prob_NW).tolist() == [[0.75, 0.125, 0.125, 0.0, 0.0]]
 
 
 def test_the_same_table_makes_ids_the_events() -> None:
@@ -98,15 +96,25 @@ def test_overhang_of_the_worked_example() -> None:
     student, teacher = words("hel", "lo", "p"), words("hello", "hel", "p")
     events = match(student, teacher)
     logp_NW = torch.tensor([[0.9, 0.1, 1e-30, 1e-30]]).log()
-    theirs = measure(logp_NW, torch.tensor([1]), events.teacher, events.n_events)
+    theirs = measure(logp_NW, torch.tensor([1]), events.teacher)
     assert theirs.overhang_N.item() == pytest.approx(0.9)
-    ours = measure(
-        torch.tensor([[1.0, 1e-30, 1e-30, 1e-30]]).log(),
-        torch.tensor([0]),
-        events.student,
-        events.n_events,
-    )
-    assert ours.overhang_N.item() == 0.0
+    logp_NV = torch.tensor([[1.0, 1e-30, 1e-30, 1e-30]]).log()
+    assert measure(logp_NV, torch.tensor([0]), events.student).overhang_N.item() == 0.0
+
+
+def test_tokens_that_were_another_event_are_no_overhang() -> None:
+    """`help` is an event of its own, so `hel` was told apart from it where both begin."""
+    student, teacher = words("hel", "help", "lo"), words("hel", "help", "hello", "lo")
+    events = match(student, teacher)
+    prob_NW = torch.tensor([[0.1, 0.5, 0.3, 0.1, 0.0]])
+    measured = measure(prob_NW.log(), torch.tensor([0]), events.teacher)
+    assert measured.overhang_N.item() == pytest.approx(0.3 / 0.4)
+    assert measured.inside_N.item() == pytest.approx(0.8 / 0.9)
+    lo = events.event_bytes.index(b"lo")
+    for inside, mass in ((False, 0.3), (True, 0.8)):
+        carried_NX = events.teacher.carry(prob_NW, torch.tensor([0]), torch.tensor([inside]))
+        assert carried_NX[0, lo].item() == pytest.approx(0.3)
+        assert carried_NX.sum().item() == pytest.approx(mass)
 
 
 def two_vocabularies() -> st.SearchStrategy[tuple[Vocabulary, Vocabulary]]:
@@ -115,34 +123,47 @@ def two_vocabularies() -> st.SearchStrategy[tuple[Vocabulary, Vocabulary]]:
     )
 
 
+def slow_side(vocabulary: Vocabulary, names: Sequence[bytes]) -> SlowSide:
+    return SlowSide(vocabulary.token_bytes, vocabulary.roles, names[:-1], {})
+
+
+def check_side(vocabulary: Vocabulary, side: Side, names: Sequence[bytes], seed: int) -> None:
+    slow = slow_side(vocabulary, names)
+    assert side.event_V.tolist() == slow.events
+    logits_NV = 2 * torch.randn(3, len(slow.texts), generator=torch.Generator().manual_seed(seed))
+    prob_NV = logits_NV.double().softmax(-1)
+    ids_N = torch.tensor([seed % len(slow.texts), 0, len(slow.texts) // 2])
+    inside_N = torch.tensor([True, False, bool(seed % 2)])
+    got_NX = side.project(prob_NV)
+    want = [
+        project_of(row, dict(enumerate(slow.events)), side.n_events) for row in prob_NV.tolist()
+    ]
+    torch.testing.assert_close(got_NX, torch.tensor(want, dtype=torch.float64))
+    torch.testing.assert_close(got_NX.sum(1), torch.ones(3, dtype=torch.float64))
+    carried_NX = side.carry(prob_NV, ids_N, inside_N)
+    measured = measure(prob_NV.log(), ids_N, side)
+    for n, (i, inside) in enumerate(zip(ids_N.tolist(), inside_N.tolist(), strict=True)):
+        masses = slow.carry(prob_NV[n].tolist(), slow.texts[i], None if inside else slow.events[i])
+        masses = masses if slow.texts[i] else {}
+        row = [0.0] * (side.n_events + 2)
+        for event, mass in masses.items():
+            row[event + (event == side.n_events)] = mass
+        torch.testing.assert_close(carried_NX[n], torch.tensor(row, dtype=torch.float64))
+        mass, taken = sum(masses.values()), prob_NV[n, i].item()
+        got = (measured.inside_N if inside else measured.overhang_N)[n].item()
+        assert got == pytest.approx(mass / (mass + taken), abs=1e-12)
+        own = prob_NV[n][side.shared_V].sum().item()
+        assert measured.shared_N[n].item() == pytest.approx(own)
+        total = measured.shared_N[n] + measured.projected_N[n] + measured.other_N[n]
+        assert total.item() == pytest.approx(1)
+
+
 @given(two_vocabularies(), st.integers(0, 2**32 - 1))
-def test_projection_and_measures_equal_the_slow_versions(
-    pair: tuple[Vocabulary, Vocabulary], seed: int
-) -> None:
+def test_both_sides_equal_the_slow_versions(pair: tuple[Vocabulary, Vocabulary], seed: int) -> None:
     events = match(*pair)
-    if events.identical:
-        return
-    for vocabulary, side in zip(pair, (events.student, events.teacher), strict=True):
-        v = len(vocabulary.token_bytes)
-        logits_NV = 2 * torch.randn(3, v, generator=torch.Generator().manual_seed(seed))
-        prob_NV = logits_NV.double().softmax(-1)
-        event_of = dict(enumerate(side.event_V.tolist()))
-        got_NX = project(prob_NV, side, events.n_events)
-        want = [project_of(row, event_of, events.n_events) for row in prob_NV.tolist()]
-        torch.testing.assert_close(got_NX, torch.tensor(want, dtype=torch.float64))
-        torch.testing.assert_close(got_NX.sum(1), torch.ones(3, dtype=torch.float64))
-        ids_N = torch.arange(3) % v
-        measured = measure(prob_NV.log(), ids_N, side, events.n_events)
-        shared = side.shared_V.tolist()
-        for n, token in enumerate(ids_N.tolist()):
-            row = prob_NV[n].tolist()
-            if vocabulary.roles[token] == "text":
-                expected = overhang_of(row, vocabulary.token_bytes, shared, token)
-                assert measured.overhang_N[n].item() == pytest.approx(expected, abs=1e-12)
-            own = sum(p for p, one in zip(row, shared, strict=True) if one)
-            assert measured.shared_N[n].item() == pytest.approx(own)
-            total = measured.shared_N[n] + measured.projected_N[n] + measured.other_N[n]
-            assert total.item() == pytest.approx(1)
+    if not events.identical:
+        for vocabulary, side in zip(pair, (events.student, events.teacher), strict=True):
+            check_side(vocabulary, side, events.event_bytes, seed)
 
 
 @given(two_vocabularies())

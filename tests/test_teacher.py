@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model says of a completion: each token, the end, and longer tokens over chunk starts."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minigold.events import Events, match
+from minigold.model import Head
+from minigold.offsets import Vocabulary
+from minigold.teacher import Reading, Score, score
+from reference_losses import SlowSide
+from test_events import words
+
+PROMPT = [0, 0]
+
+
+class TableModel:
+    """A model whose prediction depends on the position alone: row i predicts completion token i."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, prob_SV: Tensor) -> None:
+        self.head = Head(prob_SV.clamp(min=1e-30).log().T.contiguous(), None)
+        self.n_rows = len(prob_SV)
+
+    def __call__(self, ids_BS: Tensor, cache: Any = None) -> Tensor:
+        at_S = (torch.arange(ids_BS.shape[1]) - len(PROMPT) + 1).clamp(min=0)
+        one_hot_SN = torch.nn.functional.one_hot(at_S, self.n_rows)
+        return one_hot_SN.to(self.head.weight_VD.dtype).expand(len(ids_BS), -1, -1)
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        raise AssertionError("scoring needs no cache")
+
+
+def read(
+    prob_SV: Tensor, events: Events, ids: Sequence[int], starts: Sequence[int], block: int = 64
+) -> Score:
+    end = prob_SV.shape[1] - 1
+    reading = Reading(PROMPT, ids, starts)
+    model = TableModel(prob_SV)
+    return score(model, [reading], end_ids=[end], side=events.teacher, block=block)[0]
+
+
+def carried_at(result: Score, events: Events, start: int) -> dict[bytes, float]:
+    carried = result.carried[start]
+    names = [*events.event_bytes, b"OTHER"]
+    return {
+        names[event]: mass
+        for event, mass in zip(carried.event_K.tolist(), carried.mass_K.tolist(), strict=True)
+    }
+
+
+def test_a_longer_token_speaks_for_the_text_after_each_boundary_that_it_covers() -> None:
+    """The teacher is sure of `sixty-four`; the text is spelled six, ty, -: each time it has a say."""
+    student = words("six", "ty", "-", "four", "five")
+    teacher = words("six", "ty", "-", "four", "five", "sixty-four", pieces={})
+    events = match(student, teacher)
+    row = torch.tensor([0.01, 0.0, 0.0, 0.0, 0.0, 0.99, 0.0])
+    weird = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.0, 0.0])  # what follows a text it never wrote
+    result = read(torch.stack([row, weird, weird, weird]), events, [0, 1, 2], [1, 2, 3])
+    for start, rest in ((1, b"ty"), (2, b"-"), (3, b"four")):
+        path = 0.01 * (0.1 if start > 1 else 1) * (0.2 if start > 2 else 1)
+        assert carried_at(result, events, start) == {rest: pytest.approx(0.99 / (0.99 + path))}
+
+
+def test_tokens_that_were_another_event_where_they_begin_have_no_say() -> None:
+    student = words("six", "sixty", "ty")
+    teacher = words("six", "sixty", "ty")
+    teacher = Vocabulary((*teacher.token_bytes, b"x"), (*teacher.roles, "text"))
+    events = match(student, teacher)
+    row = torch.tensor([0.1, 0.8, 0.1, 0.0, 0.0])
+    assert read(torch.stack([row, row]), events, [0], [1]).carried == {}
+
+
+def test_inside_a_chunk_all_longer_tokens_count() -> None:
+    """The chunk starts at 0 and 2; token 1 begins where the student has no boundary."""
+    student = words("hello", "lo", "low", "w", "hel")
+    teacher = words("hel", "lo", "low", "w")
+    events = match(student, teacher)
+    first = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+    second = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0])
+    result = read(torch.stack([first, second, second]), events, [0, 1], [2])
+    assert carried_at(result, events, 2) == {b"w": pytest.approx(0.5)}
+
+
+TEXTS = st.lists(
+    st.text(alphabet="ab", min_size=1, max_size=4).map(str.encode),
+    min_size=2,
+    max_size=9,
+    unique=True,
+)
+
+
+def slow_carried(
+    prob: list[list[float]], side: SlowSide, ids: Sequence[int], starts: Sequence[int]
+) -> dict[int, dict[int, float]]:
+    """Every token from every earlier position, weighed by the path that it leaves out."""
+    found = {}
+    for start in starts:
+        masses: dict[int, float] = {}
+        for at in range(start):
+            between = b"".join(side.texts[i] for i in ids[at:start])
+            path = math.prod(prob[n][ids[n]] for n in range(at, start))
+            event = side.events[ids[at]] if at in (0, *starts) else None
+            for rest, mass in side.carry(prob[at], between, event).items():
+                masses[rest] = masses.get(rest, 0.0) + mass / path
+        known = 1 + sum(masses.values())
+        found[start] = {event: mass / known for event, mass in masses.items()}
+    return found
+
+
+@given(TEXTS, TEXTS, st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_carried_masses_equal_the_slow_version(
+    ours: list[bytes], theirs: list[bytes], seed: int, block: int
+) -> None:
+    student, teacher = words(*ours, "a"), words(*theirs, "a")
+    events = match(student, teacher)
+    if events.identical:
+        return
+    g = torch.Generator().manual_seed(seed)
+    n = 6
+    ids = torch.randint(0, len(theirs), (n,), generator=g).tolist()
+    starts = [k for k in range(1, n + 1) if torch.rand(1, generator=g) < 0.6]
+    prob_SV = torch.randn(n + 1, len(theirs) + 2, generator=g).double().softmax(-1)
+    result = read(prob_SV, events, ids, starts, block)
+    side = SlowSide(teacher.token_bytes, teacher.roles, events.event_bytes[:-1], {})
+    for start, want in slow_carried(prob_SV.tolist(), side, ids, starts).items():
+        carried = result.carried.get(start)
+        got = {} if carried is None else dict(
+            zip(carried.event_K.tolist(), carried.mass_K.tolist(), strict=True)
+        )  # fmt: skip
+        for event in want.keys() | got.keys():
+            assert got.get(event, 0.0) == pytest.approx(want.get(event, 0.0), abs=5e-3)
+
+
+def test_the_end_sums_over_all_stops_and_padding_changes_nothing() -> None:
+    events = match(words("a", "b"), words("a", "b", "c"))
+    prob_SV = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    model = TableModel(prob_SV)
+    readings = [Reading(PROMPT, [0]), Reading(PROMPT, []), Reading(PROMPT, [2])]
+    both = score(model, readings, end_ids=[1, 3], side=events.teacher, micro_batch=2)
+    assert both[0].end_logp == pytest.approx(math.log(0.6))
+    assert both[1].end_logp == pytest.approx(math.log(0.4))
+    assert [one.logp_T.exp().tolist() for one in both] == [
+        [pytest.approx(0.4)],
+        [],
+        [pytest.approx(0.2)],
+    ]
+    assert [len(one.hidden_MD) for one in both] == [2, 1, 2]
