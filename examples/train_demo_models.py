@@ -25,7 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.trainers import BpeTrainer
 
 from minigold.chat import prompt_ids
@@ -117,11 +125,17 @@ def fine_tune(
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            group["lr"] = (
+                lr * min(1, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            )
         batch = next(batches)
         told = [prompt_ids(model, p.prompt, plain=plain) for p in batch]
-        said = [[*encode_continuation(model.tokenizer, p.answer or "")[0], model.end_id] for p in batch]
-        hidden_BSD = decoder(pad([[*a, *b] for a, b in zip(told, said, strict=True)], decoder.device))
+        said = [
+            [*encode_continuation(model.tokenizer, p.answer or "")[0], model.end_id] for p in batch
+        ]
+        hidden_BSD = decoder(
+            pad([[*a, *b] for a, b in zip(told, said, strict=True)], decoder.device)
+        )
         states = [
             completion_states(hidden_SD, len(a), len(b) - 1)
             for hidden_SD, a, b in zip(hidden_BSD, told, said, strict=True)
@@ -160,7 +174,11 @@ def new_folder(
 ) -> LanguageModel:
     """A Hugging Face folder with random weights, loaded."""
     names = ("<pad>", "<bos>") if template is None else (end, None)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": names[0]}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": names[0],
+    }
     if names[1]:
         settings["bos_token"] = names[1]
     ids = {

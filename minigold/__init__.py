@@ -11,7 +11,7 @@ Read the files in the order of the data; each imports only from files above it:
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
-    config, data, chat, weights, load, batch, metrics    the edges of the loop
+    config, data, chat, weights, load, batch, rollout, metrics    the edges of the loop
     train       everything -> steps, metrics, a trained student
     demo, cli   the demo and the command line
 
@@ -52,7 +52,7 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "model", "sample", "teacher", "disagree", "loss", "config",
-    "data", "chat", "weights", "load", "batch", "metrics", "train", "demo_task", "demo", "cli",
+    "data", "chat", "weights", "load", "batch", "rollout", "metrics", "train", "demo_task", "demo", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

@@ -132,7 +132,9 @@ def answer_of(
         chunks = align(spans, teacher_spans) if len(spans) and teacher_ids else TEXTLESS
         if finished:
             flaw = EXACT if ids[-1] == end_id else SPECIAL
-            chunks = _with_end(chunks, len(spans), len(teacher_ids), len(text.encode("utf-8")), flaw)
+            chunks = _with_end(
+                chunks, len(spans), len(teacher_ids), len(text.encode("utf-8")), flaw
+            )
         elif len(chunks.flaw) and chunks.flaw[-1] == EXACT:
             chunks = chunks._replace(flaw=np.append(chunks.flaw[:-1], CUT))
     return Answer(
@@ -253,7 +255,9 @@ def pack(
     student, teacher = [], []
     table: list[tuple[int, int, int]] = []  # chunk, id, kind of each student row
     carry: list[tuple[int, Carried]] = []
-    teacher_ids, logps, observed = [], [], []
+    teacher_ids: list[int] = []
+    logps: list[float] = []
+    observed: list[bool] = []
     for rollout, chosen_C, hidden_SD in zip(rollouts, chosen, states, strict=True):
         picked, chunk_rows = np.flatnonzero(chosen_C), _student_rows(rollout)
         places = []

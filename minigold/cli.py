@@ -147,12 +147,13 @@ def _demo(args: argparse.Namespace) -> None:
 
 def step_line(metrics: dict[str, Any], steps: int) -> str:
     """One line a step for the terminal."""
-    per_byte = metrics["reverse_kl_per_byte"]
+    per_byte, ended = metrics["reverse_kl_per_byte"], metrics["eos_rate"]
     return (
         f"step {metrics['step']}/{steps}  loss {metrics['loss']:.4f}  "
         f"trained {metrics['trained_fraction'] or 0:.2f} of {metrics['chunks']} chunks  "
         + (f"rKL/byte {per_byte:.4f}  " if per_byte is not None else "")
-        + f"ended {metrics['eos_rate'] or 0:.2f}  {metrics['seconds']:.1f} s"
+        + (f"ended {ended:.2f}  " if ended is not None else "")
+        + f"{metrics['seconds']:.1f} s"
     )
 
 

@@ -82,6 +82,9 @@ class Config:
             f"one of {', '.join(WHERE)} (divergence, soft-or and random: not built yet)",
         )  # fmt: skip
 
+        at_default = self.threshold == type(self).threshold
+        self._require("threshold", at_default or self.where == "reject", "with --where reject only")
+
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             got = getattr(self, name)

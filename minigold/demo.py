@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +26,9 @@ from minigold.demo_task import held_out, prompts
 from minigold.disagree import acceptance
 from minigold.load import LanguageModel, load
 from minigold.offsets import text_of_ids
+from minigold.rollout import Pair, collect, make_pair, sample_answers
 from minigold.sample import sample
-from minigold.train import Pair, Step, collect, distill, make_pair, sample_answers
+from minigold.train import Step, distill
 
 __all__ = ["DEMO", "accuracy", "demo_models", "marked", "run_demo"]
 
@@ -54,11 +55,13 @@ def run_demo(
     seed: int = 0,
     steps: int = DEMO.steps,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    bar: bool = True,
 ) -> dict[str, Any]:
     """Distils, shows what happened, and returns accuracies (0-1), seconds and trained share.
 
     Args:
         out: folder of the run, as in `distill`.
+        say, bar: where lines go, and whether a progress bar is drawn on standard error.
     """
     began = time.perf_counter()
     student, teacher = demo_models()
@@ -71,12 +74,12 @@ def run_demo(
     _show("before (the teacher disagrees inside the brackets):", pair, tests, config, say)
 
     trained: list[float] = []
-    with _progress(steps) as bar:
+    with _progress(steps, shown=bar) as progress:
 
         def on_step(step: Step) -> None:
             trained.append(step.metrics["trained_fraction"] or 0.0)
-            bar.update(1)
-            bar.set_postfix(
+            progress.update(1)
+            progress.set_postfix(
                 loss=f"{step.metrics['loss']:.3f}", trained=f"{trained[-1]:.2f}", refresh=False
             )
 
@@ -136,24 +139,26 @@ class _Bar(Protocol):
 
 
 class _Lines:
-    """A progress bar for where tqdm is absent: a line every tenth of the way."""
+    """In place of a progress bar where tqdm is absent: a line every tenth of the way."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.note = total, 0, ""
+    def __init__(self, total: int, *, shown: bool) -> None:
+        self.total, self.shown, self.done, self.note = total, shown, 0, ""
 
     def update(self, n: int) -> None:
         self.done += n
-        if self.done % max(1, self.total // 10) == 0:
+        if self.shown and self.done % max(1, self.total // 10) == 0:
             print(f"{self.done}/{self.total} {self.note}", file=sys.stderr)
 
     def set_postfix(self, *, refresh: bool, loss: str, trained: str) -> None:
         self.note = f"loss {loss} trained {trained}" if not refresh else self.note
 
 
-def _progress(total: int) -> AbstractContextManager[_Bar]:
+def _progress(total: int, *, shown: bool) -> AbstractContextManager[_Bar]:
     try:
         from tqdm import tqdm
     except ImportError:
-        return nullcontext(_Lines(total))
-    bar: Iterable[Any] = tqdm(total=total, file=sys.stderr, unit="step")
-    return bar  # type: ignore[return-value]
+        return nullcontext(_Lines(total, shown=shown))
+    bar: AbstractContextManager[_Bar] = tqdm(
+        total=total, file=sys.stderr, unit="step", disable=not shown
+    )
+    return bar

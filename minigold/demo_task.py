@@ -15,16 +15,43 @@ import numpy as np
 
 from minigold.data import Prompt
 
-__all__ = ["N_HELD_OUT", "N_WARM_UP", "OPERANDS", "glim", "held_out", "number_word", "prompts", "warm_up"]
+__all__ = [
+    "N_HELD_OUT",
+    "N_WARM_UP",
+    "OPERANDS",
+    "glim",
+    "held_out",
+    "number_word",
+    "prompts",
+    "warm_up",
+]
 
 OPERANDS = 8  # zero to seven
 N_HELD_OUT = 200
 N_WARM_UP = 24
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_UNITS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def number_word(n: int) -> str:

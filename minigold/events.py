@@ -16,8 +16,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Side:
         low_V, high_V: int64, the range in `sorted_U` whose bytes strictly extend those of an id.
         event_of: the event of any bytes.
         longest: bytes of the longest token.
-        keys, rests: the sorted spellings, and what `longer` has made so far.
+        keys, known: the sorted spellings, and what `longer` has made so far.
     """
 
     n_events: int
@@ -63,11 +63,15 @@ class Side:
     event_of: Callable[[bytes], int]
     longest: int
     keys: list[bytes] = field(repr=False)
-    rests: dict[bytes, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    known: dict[tuple[bytes, int | None], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def to(self, device: torch.device) -> Side:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved, rests={})
+        moved: dict[str, Any] = {
+            k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved, known={})
 
     def project(self, prob_NV: Tensor) -> Tensor:
         """Adds up token probabilities by event.
@@ -101,15 +105,16 @@ class Side:
         With an `event` only tokens of this event: where a token of it was taken at a shared
         boundary, all others were told apart from it there.
         """
-        low, high = _extensions(text, self.keys)
-        if text not in self.rests:
-            rests = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
-            self.rests[text] = self.sorted_U.new_tensor(rests)
-        ids_U, rest_U = self.sorted_U[low:high], self.rests[text]
-        if event is None:
-            return ids_U, rest_U
-        merged = self.event_V[ids_U] == event
-        return ids_U[merged], rest_U[merged]
+        if (text, event) not in self.known:
+            low, high = _extensions(text, self.keys)
+            ids = self.sorted_U[low:high]
+            if event is None:
+                rests = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
+                self.known[text, event] = ids, self.sorted_U.new_tensor(rests)
+            else:
+                merged = self.event_V[ids] == event
+                self.known[text, event] = ids[merged], self.longer(text, None)[1][merged]
+        return self.known[text, event]
 
     def carry(self, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor:
         """Mass of the tokens that extend the taken one, by the event of what they add.
@@ -230,7 +235,8 @@ def measure(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
     kinds_V2 = torch.stack([side.shared_V, other_V], dim=1).to(prob_NV.dtype)
     shared_N, other_N = (prob_NV @ kinds_V2).unbind(1)
     projected_N = (1 - shared_N - other_N).clamp(min=0)
-    return Measures(*overhang_N2.unbind(1), shared_N, projected_N, other_N)
+    overhang_N, inside_N = overhang_N2.unbind(1)
+    return Measures(overhang_N, inside_N, shared_N, projected_N, other_N)
 
 
 def _same_table(student: Vocabulary, teacher: Vocabulary) -> bool:
@@ -255,7 +261,7 @@ def _side(
 ) -> Side:
     texts, roles = vocabulary.token_bytes, vocabulary.roles
 
-    @lru_cache(maxsize=None)
+    @cache
     def event_of(text: bytes) -> int:
         """The text itself, else the other side's first piece of it, else its longest prefix."""
         if text in index:

@@ -223,7 +223,9 @@ def _teacher_law(prob_CW: Tensor, carry: Carry, side: Side) -> Tensor:
     prob_CX = side.project(prob_CW)
     overhang_C = prob_CX.new_zeros(len(prob_CX)).index_add(0, carry.chunk_K, carry.mass_K)
     law_CX = prob_CX * (1 - overhang_C)[:, None]
-    return law_CX.index_put((carry.chunk_K, side.column(carry.event_K)), carry.mass_K, accumulate=True)
+    return law_CX.index_put(
+        (carry.chunk_K, side.column(carry.event_K)), carry.mass_K, accumulate=True
+    )
 
 
 def _student_law(logp_NV: Tensor, rows: ChunkRows, side: Side) -> tuple[Tensor, Tensor]:

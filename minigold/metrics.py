@@ -29,6 +29,7 @@ __all__ = ["audit", "sample_rows", "step_metrics"]
 log = logging.getLogger("minigold")
 OTHER_LIMIT = 0.02
 NONCANONICAL_LIMIT = 0.1
+OVERHANG_SHOWN = 0.2
 
 
 def step_metrics(
@@ -50,7 +51,7 @@ def step_metrics(
     n_chosen = sum(int(mask.sum()) for mask in chosen)
     tokens = sum(len(r.answer.ids) for r in rollouts)
     one_to_one = sum(int(((c.s1 - c.s0 == 1) & (c.t1 - c.t0 == 1)).sum()) for c in chunks)
-    over = sum(int((r.overhang_C > config.max_overhang).sum()) for r in rollouts)
+    over = sum(int((r.overhang_C > OVERHANG_SHOWN).sum()) for r in rollouts)
     sampled = [r for r in rollouts if r.answer.on_policy]
     finished = sum(r.answer.finished for r in sampled)
     return {

@@ -203,8 +203,8 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[list[int], Int
     if spans is None:
         spans = np.zeros((len(ids_T), 3), dtype=np.int64)
         reached = 0
-        for i, j, start, end in _groups(encoding, text, len(data), encoder.lossy):
-            start, own = _read_space(table, pieces[i:j], data, start, reached)
+        for i, j, first, end in _groups(encoding, text, len(data), encoder.lossy):
+            start, own = _read_space(table, pieces[i:j], data, first, reached)
             fit = None if flaws[i:j].any() else _fit(own, data, start, end, encoder.missing)
             if fit is None:
                 flaw = np.where(flaws[i:j] == EXACT, CHANGED, flaws[i:j])
@@ -296,7 +296,7 @@ def _fit(
     lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
     ends = np.cumsum(lengths)
     if joined == given:
-        return np.stack((ends - lengths, ends, np.zeros_like(ends)), axis=1) + [start, start, 0]
+        return np.stack((ends - lengths + start, ends + start, np.zeros_like(ends)), axis=1)
     bytes_given = np.frombuffer(given, dtype=np.uint8)
     kept = np.flatnonzero(~missing[bytes_given])
     if bytes_given[kept].tobytes() != joined:

@@ -188,7 +188,9 @@ def _check(
     prompts: Sequence[Sequence[int]], limit: int, temperature: float, top_p: float, top_k: int
 ) -> None:
     if not prompts or not all(prompts):
-        raise ValueError("expected prompts of at least one token, got an empty one; add BOS or text")
+        raise ValueError(
+            "expected prompts of at least one token, got an empty one; add BOS or text"
+        )
     if limit < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(
             "expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0, "

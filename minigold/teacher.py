@@ -122,42 +122,43 @@ def _read(
         logps.append(logp_NV.gather(1, ids_N[:, None])[:, 0])
         measures.append(torch.stack(measure(logp_NV, ids_N, side), dim=1))
     logp_T = torch.cat(logps).cpu()
-    carried = _carried(model, hidden_MD, reading, logp_T.tolist(), side, block)
+    covers = _covers(reading, logp_T.tolist(), side)
+    carried = _carried(model, hidden_MD, covers, block)
     return Score(hidden_MD, logp_T, end_logp, torch.cat(measures).cpu(), carried)
 
 
 class _Cover(NamedTuple):
-    """Tokens that start at token `at` and reach over the start of the chunk at token `start`."""
+    """Tokens that begin at token `at` and reach over the start of the chunk at token `start`."""
 
     start: int
     at: int
-    text: bytes  # of the tokens between
-    log_share: float  # nats, minus the log-probability of the tokens between
+    ids: Tensor
+    rests: Tensor
+    weight: float  # 1 / the probability of the tokens between
 
 
 def _covers(reading: Reading, logp: Sequence[float], side: Side) -> list[_Cover]:
     """All of them that can hold a mass that counts."""
-    found = []
+    shared, found = {0, *reading.starts}, []
     for start in reading.starts:
-        text, log_share = b"", 0.0
+        text, log_path = b"", 0.0
         for at in range(start - 1, -1, -1):
-            text = side.spelling[reading.ids[at]] + text
-            if not side.spelling[reading.ids[at]] or len(text) >= side.longest:
+            taken = reading.ids[at]
+            text = side.spelling[taken] + text
+            if not side.spelling[taken] or len(text) >= side.longest:
                 break
-            log_share -= logp[at]
-            bound = math.log1p(-min(math.exp(logp[at]), 1 - 1e-15)) + log_share
-            if bound > math.log(CARRY_FROM) and side.has_longer(text):
-                found.append(_Cover(start, at, text, min(log_share, 600.0)))
+            log_path += logp[at]
+            most = math.log1p(-min(math.exp(logp[at]), 1 - 1e-15)) - log_path
+            if most > math.log(CARRY_FROM):
+                event = int(side.event_V[taken]) if at in shared else None
+                ids, rests = side.longer(text, event)
+                if len(ids):
+                    found.append(_Cover(start, at, ids, rests, math.exp(min(-log_path, 600.0))))
     return found
 
 
 def _carried(
-    model: CausalLM,
-    hidden_MD: Tensor,
-    reading: Reading,
-    logp: Sequence[float],
-    side: Side,
-    block: int,
+    model: CausalLM, hidden_MD: Tensor, covers: Sequence[_Cover], block: int
 ) -> dict[int, Carried]:
     """The longer tokens over each chunk's start, from every token before it that they begin at.
 
@@ -165,30 +166,27 @@ def _carried(
     another event at the shared boundary where they begin are left out, as the comparison there has
     told them apart already; events take the place of bytes.
     """
-    covers = _covers(reading, logp, side)
-    shared = {0, *reading.starts}
     masses: dict[int, list[tuple[Tensor, Tensor]]] = {}
     places = sorted({cover.at for cover in covers})
     for i in range(0, len(places), block):
         some = places[i : i + block]
-        prob_NV = model.head.logits(hidden_MD[some]).softmax(-1)
         row = {at: n for n, at in enumerate(some)}
+        prob_NV = model.head.logits(hidden_MD[some]).softmax(-1)
         for cover in covers:
             if cover.at in row:
-                taken = int(side.event_V[reading.ids[cover.at]]) if cover.at in shared else None
-                ids, rests = side.longer(cover.text, taken)
-                mass = prob_NV[row[cover.at], ids].double() * math.exp(cover.log_share)
-                masses.setdefault(cover.start, []).append((rests, mass))
-    return {
-        start: kept for start, parts in masses.items() if (kept := _summed(parts)) is not None
-    }
+                mass = prob_NV[row[cover.at], cover.ids].double() * cover.weight
+                masses.setdefault(cover.start, []).append((cover.rests, mass))
+    summed = {start: _summed(parts) for start, parts in masses.items()}
+    return {start: one for start, one in summed.items() if len(one.event_K)}
 
 
-def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> Carried | None:
+def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> Carried:
     """Masses beside 1, the prediction after the taken token, as shares of the sum."""
-    events, place = torch.cat([event for event, _ in parts]).unique(return_inverse=True)
+    events = torch.cat([event for event, _ in parts])
     raw = torch.cat([mass for _, mass in parts])
-    mass = raw.new_zeros(len(events)).index_add(0, place, raw)
-    counts = mass > CARRY_FROM * 0.01 * (1 + mass.sum())
-    share_K = mass[counts] / (1 + mass[counts].sum())
-    return Carried(events[counts], share_K) if share_K.sum() > CARRY_FROM else None
+    counts = raw > 0.01 * CARRY_FROM * (1 + raw.sum())
+    event_K, place = events[counts].unique(return_inverse=True)
+    mass_K = raw.new_zeros(len(event_K)).index_add(0, place, raw[counts])
+    share_K = mass_K / (1 + mass_K.sum())
+    enough = slice(None) if share_K.sum() > CARRY_FROM else slice(0)
+    return Carried(event_K[enough], share_K[enough])

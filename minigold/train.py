@@ -13,53 +13,40 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import minigold
 from minigold import metrics as measured
-from minigold.batch import (
-    Answer,
-    Array,
-    Rollout,
-    answer_of,
-    head_rows,
-    needed_states,
-    pack,
-    rollout_of,
-)
+from minigold.batch import Array, Rollout, head_rows, needed_states, pack
 from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.disagree import acceptance, choose
-from minigold.events import Events, match, measure
 from minigold.load import LanguageModel
 from minigold.loss import gold_loss
-from minigold.offsets import encode_continuation, vocabulary
-from minigold.sample import completion_states, pad, sample
-from minigold.teacher import Reading, score
+from minigold.offsets import encode_continuation
+from minigold.rollout import (
+    DATA,
+    MASK,
+    Pair,
+    collect,
+    make_pair,
+    precision,
+    sample_answers,
+    seeds_of,
+)
+from minigold.sample import completion_states, pad
 from minigold.weights import save_decoder
 
-__all__ = ["Config", "Pair", "Step", "collect", "distill", "make_pair", "train_pass"]
+__all__ = ["Config", "Step", "distill", "train_pass"]
 
 log = logging.getLogger("minigold")
 FLOOR_SHARE = 0.05  # a step's denominator is at least this share of its chunks
-DATA, COIN, DRAW, MASK = range(4)  # random streams
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Both models, and the events between their vocabularies (on their device)."""
-
-    student: LanguageModel
-    teacher: LanguageModel
-    events: Events
 
 
 @dataclass(frozen=True)
@@ -72,23 +59,6 @@ class Step:
     chosen: list[Array]
 
 
-def make_pair(student: LanguageModel, teacher: LanguageModel) -> Pair:
-    """Matches the two vocabularies, first pieces in both directions included."""
-    tokenizers = student.tokenizer, teacher.tokenizer
-    ours = vocabulary(tokenizers[0], end_ids=[student.end_id], size=student.n_tokens)
-    theirs = vocabulary(tokenizers[1], end_ids=teacher.eos_ids, size=teacher.n_tokens)
-    only_theirs = set(theirs.token_bytes) - set(ours.token_bytes)
-    only_ours = set(ours.token_bytes) - set(theirs.token_bytes)
-    if only_theirs or only_ours:
-        ours = vocabulary(
-            tokenizers[0], end_ids=[student.end_id], size=student.n_tokens, pieces_for=only_theirs
-        )
-        theirs = vocabulary(
-            tokenizers[1], end_ids=teacher.eos_ids, size=teacher.n_tokens, pieces_for=only_ours
-        )
-    return Pair(student, teacher, match(ours, theirs).to(student.decoder.device))
-
-
 def distill(
     student: LanguageModel,
     teacher: LanguageModel,
@@ -97,14 +67,12 @@ def distill(
     *,
     out: Path | None = None,
     on_step: Callable[[Step], None] | None = None,
-    events: Events | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `student` in place; returns the metrics of each step (see docs/metrics.md).
 
     Args:
         out: new or empty folder for config.json, metrics.jsonl, samples.jsonl and final/.
         on_step: called after each step, for progress and for looking at samples.
-        events: instead of `match`, for experiments.
 
     Raises:
         ValueError: prompts that do not fit the models or the settings, a folder that is not empty.
@@ -112,8 +80,6 @@ def distill(
     """
     config = config or Config()
     pair = make_pair(student, teacher)
-    if events is not None:
-        pair = Pair(student, teacher, events.to(student.decoder.device))
     _check_prompts(prompts, pair, config)
     if out is not None:
         _open_run(out, pair, config)
@@ -164,14 +130,19 @@ def batches_of(prompts: Sequence[Prompt], config: Config) -> Iterator[list[Promp
 
 
 def take_step(
-    pair: Pair, optimizer: torch.optim.Optimizer, batch: list[Prompt], config: Config, *, number: int
+    pair: Pair,
+    optimizer: torch.optim.Optimizer,
+    batch: list[Prompt],
+    config: Config,
+    *,
+    number: int,
 ) -> Step:
     """Sample, read, align, choose, train. Without any chosen chunk no optimizer step is taken."""
     clock = [time.perf_counter()]
     answers, student_side = sample_answers(pair, batch, config, number=number)
     clock.append(time.perf_counter())
     rollouts = collect(pair, answers, student_side, config)
-    generator = torch.Generator().manual_seed(_seeds(config.seed, number, MASK, 1)[0])
+    generator = torch.Generator().manual_seed(seeds_of(config.seed, number, MASK, 1)[0])
     kept = [
         acceptance(*map(torch.as_tensor, (r.student_logp_C, r.teacher_logp_C, r.scorable_C)))
         for r in rollouts
@@ -205,104 +176,6 @@ def take_step(
     return Step({"step": number, **numbers, **extra}, rollouts, accepted, chosen)
 
 
-def sample_answers(
-    pair: Pair, batch: list[Prompt], config: Config, *, number: int
-) -> tuple[list[Answer], list[tuple[Array, Array] | None]]:
-    """Answers of one step, and the student's log-probabilities and measures of those it sampled."""
-    student, events = pair.student, pair.events
-    rows = [prompt for prompt in batch for _ in range(config.rollouts)]
-    coins = np.random.default_rng([config.seed, COIN, number]).random(len(rows))
-    fixed = [p.completion is not None and c >= config.lmbda for p, c in zip(rows, coins, strict=True)]
-    ids = [prompt_ids(student, p.prompt, plain=config.student_plain) for p in rows]
-    live = [i for i, is_fixed in enumerate(fixed) if not is_fixed]
-    seeds = _seeds(config.seed, number, DRAW, len(rows))
-
-    def watch(logp_BV: Tensor, ids_B: Tensor) -> Tensor:
-        return torch.stack(measure(logp_BV, ids_B, events.student), dim=1)
-
-    drawn = {}
-    if live:
-        with precision(student):
-            completions = sample(
-                student.decoder,
-                [ids[i] for i in live],
-                max_new_tokens=config.max_new_tokens,
-                eos_ids=student.eos_ids,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                seed=[seeds[i] for i in live],
-                watch=watch,
-            )
-        drawn = dict(zip(live, completions, strict=True))
-    answers: list[Answer] = []
-    side: list[tuple[Array, Array] | None] = []
-    for i, prompt in enumerate(rows):
-        one = drawn.get(i)
-        fixed_ids = [] if one else encode_continuation(student.tokenizer, prompt.completion or "")[0]
-        told = prompt.teacher_prompt if prompt.teacher_prompt is not None else prompt.prompt
-        answers.append(
-            answer_of(
-                prompt,
-                ids[i],
-                one.ids if one else [*fixed_ids, student.end_id],
-                finished=one.finished if one else True,
-                on_policy=one is not None,
-                teacher_prompt_ids=prompt_ids(pair.teacher, told, plain=config.teacher_plain),
-                student_tokenizer=student.tokenizer,
-                teacher_tokenizer=pair.teacher.tokenizer,
-                end_id=student.end_id,
-                identical=events.identical,
-            )
-        )
-        watched = one.watched_SK if one else None
-        side.append((one.logp_S.numpy(), watched.numpy()) if one and watched is not None else None)
-    return answers, side
-
-
-def collect(
-    pair: Pair,
-    answers: Sequence[Answer],
-    student_side: Sequence[tuple[Array, Array] | None],
-    config: Config,
-) -> list[Rollout]:
-    """Lets the teacher read all answers (and the student those that it did not sample)."""
-    events, student = pair.events, pair.student
-    scores = score(
-        pair.teacher.decoder,
-        [
-            Reading(a.teacher_prompt_ids, a.teacher_ids, [t for t in a.chunks.t0.tolist() if t])
-            for a in answers
-        ],
-        end_ids=pair.teacher.eos_ids,
-        side=events.teacher,
-        micro_batch=config.micro_batch,
-    )
-    unread = [i for i, known in enumerate(student_side) if known is None]
-    with precision(student):
-        own = score(
-            student.decoder,
-            [Reading(answers[i].prompt_ids, answers[i].ids) for i in unread],
-            end_ids=[student.end_id],
-            side=events.student,
-                micro_batch=config.micro_batch,
-        )
-    read = {i: (s.logp_T.numpy(), s.measures_T5.numpy()) for i, s in zip(unread, own, strict=True)}
-    rollouts = []
-    for i, (answer, teacher_score) in enumerate(zip(answers, scores, strict=True)):
-        logp_S, measures_S5 = student_side[i] or read[i]
-        rollouts.append(
-            rollout_of(
-                answer,
-                teacher_score,
-                student_logp_S=logp_S,
-                student_measures_S5=measures_S5,
-                events=events,
-            )
-        )
-    return rollouts
-
-
 @dataclass(frozen=True)
 class Pass:
     """`loss` in nats per trained chunk (of at least 5 % of all); `work_saved` in 0 to 1."""
@@ -328,7 +201,9 @@ def train_pass(
     device, total = pair.student.decoder.device, 0.0
     for start in range(0, len(order), config.micro_batch):
         some = order[start : start + config.micro_batch]
-        inputs = [[*rollouts[i].answer.prompt_ids, *rollouts[i].answer.ids][: lengths[i]] for i in some]
+        inputs = [
+            [*rollouts[i].answer.prompt_ids, *rollouts[i].answer.ids][: lengths[i]] for i in some
+        ]
         with precision(pair.student):
             hidden_BSD = pair.student.decoder(pad(inputs, device))
             states = [
@@ -375,19 +250,6 @@ def work_saved(
     return 1 - spent / full if full else 0.0
 
 
-def precision(model: LanguageModel) -> AbstractContextManager[Any]:
-    """bfloat16 products on a CUDA device, with the student's weights kept in float32."""
-    device = model.decoder.device
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
-
-
-def _seeds(seed: int, number: int, stream: int, n: int) -> list[int]:
-    drawn = np.random.SeedSequence([seed, number, stream]).generate_state(n, np.uint64)
-    return [int(x) >> 1 for x in drawn]
-
-
 def _check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
@@ -404,20 +266,34 @@ def _check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> Non
         )
         for name, model, text, plain in sides:
             try:
-                n = len(prompt_ids(model, text, plain=plain))
+                _check_length(model, text, prompt.completion, config, plain=plain)
             except ValueError as error:
                 raise ValueError(f"prompt of line {prompt.line}, {name}: {error}") from error
-            if n == 0 or n + config.max_new_tokens > model.context:
-                raise ValueError(
-                    f"prompt of line {prompt.line}: expected 1 to "
-                    f"{model.context - config.max_new_tokens} tokens for the {name} (its context of "
-                    f"{model.context} less --max-new-tokens), got {n}; shorten the prompt"
-                )
+
+
+def _check_length(
+    model: LanguageModel, text: Any, completion: str | None, config: Config, *, plain: bool
+) -> None:
+    n, most = len(prompt_ids(model, text, plain=plain)), model.context - config.max_new_tokens
+    if n > most:
+        raise ValueError(
+            f"expected at most {most} tokens (the context of {model.context} less "
+            f"--max-new-tokens), got {n}; shorten the prompt"
+        )
+    if completion is not None and config.lmbda < 1:
+        size = n + len(encode_continuation(model.tokenizer, completion)[0]) + 1
+        if size > model.context:
+            raise ValueError(
+                f"expected at most {model.context} tokens with the completion and its end, got "
+                f"{size}; shorten the completion"
+            )
 
 
 def _open_run(out: Path, pair: Pair, config: Config) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"expected --out to be a new or empty folder, got {out}, which is not empty")
+        raise ValueError(
+            f"expected --out to be a new or empty folder, got {out}, which is not empty"
+        )
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         **asdict(config),

@@ -5,6 +5,7 @@ Plain Python, written to be checked by reading. Sections follow the order of the
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 __all__ = ["align_slow", "replace_slow"]
 
@@ -37,12 +38,14 @@ def align_slow(student: Sequence[Span], teacher: Sequence[Span]) -> list[Chunk]:
         return []
     cuts = [(0, 0, 0)]
     clean_student, clean_teacher = _clean(student), _clean(teacher)
-    for at in range(1, end):
-        if at in clean_student and at in clean_teacher:
-            cuts.append((at, clean_student[at], clean_teacher[at]))
+    cuts.extend(
+        (at, clean_student[at], clean_teacher[at])
+        for at in range(1, end)
+        if at in clean_student and at in clean_teacher
+    )
     cuts.append((end, len(student), len(teacher)))
     chunks = []
-    for (start, s0, t0), (stop, s1, t1) in zip(cuts[:-1], cuts[1:], strict=True):
+    for (start, s0, t0), (stop, s1, t1) in pairwise(cuts):
         mine, theirs = student[s0:s1], teacher[t0:t1]
         flaws = [span[2] for span in [*mine, *theirs] if span[2]]
         if not (flaws or (_covers(mine, start, stop) and _covers(theirs, start, stop))):

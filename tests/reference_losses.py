@@ -101,8 +101,8 @@ def loss_of(
     if source is not None:
         for law, event, mass in zip(laws, source, moved, strict=True):
             place = len(law) - 1 if event == len(law) - 2 else event
-            mass = min(mass, 0.999 * law[place])
-            law[place] -= mass
-            law[-2] += mass
+            most = min(mass, 0.999 * law[place])
+            law[place] -= most
+            law[-2] += most
     inside = [[max(p / sum(law[:-1]), 1e-18) for p in law[:-1]] for law in laws]
     return divergence_of(inside[0], inside[1], beta) - math.log(1 - laws[0][-1])

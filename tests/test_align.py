@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from reference import align_slow
-from strategies import segmentations
 
 import minigold.align
 from minigold.align import Chunks, align
+from reference import align_slow
+from strategies import segmentations
 
 LOST = 4
 

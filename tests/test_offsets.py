@@ -13,20 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from reference import align_slow, replace_slow
-from strategies import bytes_pieces, texts
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers_for_tests import (
-    FAMILIES,
-    LOSSY_BYTES,
-    byte_bpe,
-    byte_bpe_lossy,
-    byte_bpe_nfc,
-    char_bpe_lossy,
-    sentencepiece_bpe,
-    unigram,
-    wordpiece,
-)
 
 import minigold.offsets
 from minigold import offsets
@@ -46,6 +33,19 @@ from minigold.offsets import (
     text_of_ids,
     vocabulary,
 )
+from reference import align_slow, replace_slow
+from strategies import bytes_pieces, texts
+from tokenizers_for_tests import (
+    FAMILIES,
+    LOSSY_BYTES,
+    byte_bpe,
+    byte_bpe_lossy,
+    byte_bpe_nfc,
+    char_bpe_lossy,
+    sentencepiece_bpe,
+    unigram,
+    wordpiece,
+)
 
 PAIRS = list(itertools.product(FAMILIES, repeat=2))
 
@@ -64,7 +64,7 @@ def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
 
 def check_spans(spans: NDArray[np.int64], data: bytes) -> None:
     start, end, flaw = spans.T
-    assert (0 <= start).all()
+    assert (start >= 0).all()
     assert (start <= end).all()
     assert (end <= len(data)).all()
     assert (np.diff(start) >= 0).all()
@@ -77,11 +77,9 @@ def bytes_in(
     """Each token's bytes; of a word without a space before it, those without its implied space."""
     table = vocabulary(tokenizer).token_bytes
     found = []
-    for i, (start, end, _flaw) in zip(ids, spans.tolist(), strict=True):
+    for i, (start, _end, _flaw) in zip(ids, spans.tolist(), strict=True):
         own = table[i]
-        implied = (
-            tokenizer in (wordpiece(),) and own[:1] == b" " and data[start : start + 1] != b" "
-        )
+        implied = tokenizer is wordpiece() and own[:1] == b" " and data[start : start + 1] != b" "
         found.append(own[1:] if implied else own)
     return found
 

@@ -54,8 +54,9 @@ TEXTS = {
     "white space": "a  b   c\td\t\te\n\n\nf        g \u00a0h\u200bi",
     "looks special": "<bos><|im_start|>user\nHi<|im_end|> <eos> <unk> <0x41> ▁▁x Ġy",
 }
-LONG = " ".join(TEXTS.values()) * 3  # longer than Gemma's window of 512 tokens
-EXACT = 2e-4  # float32, on logits of up to 40
+LONG = " ".join([*TEXTS.values()][:6]) * 5
+WINDOW = 512  # tokens that Gemma's local layers see
+EXACT = 1e-4  # float32, on logits of up to 60; the same bits on one machine
 
 
 @lru_cache(maxsize=2)
@@ -81,7 +82,7 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
         logits_SV = model.decoder.head.logits(model.decoder(ids_BS)[0, -64:])
         their_SV = theirs(ids_BS, logits_to_keep=64).logits[0]
         errors.append(float((logits_SV - their_SV).abs().max()))
-    assert ids_BS.shape[1] > 512 + 64
+    assert ids_BS.shape[1] > WINDOW + 64
     print(f"{name}: largest error {np.max(errors):.1e}, logits up to {float(their_SV.max()):.0f}")
     assert np.max(errors) < EXACT  # false for NaN too
 

@@ -101,7 +101,7 @@ def test_filters_keep_the_most_likely_and_their_proportions(
     plain_BV = (logits_BV / temperature).softmax(-1)
     for prob_V, plain_V in zip(prob_BV, plain_BV, strict=True):
         kept = prob_V > 0
-        assert 1 <= int(kept.sum()) <= (top_k if 0 < top_k else 10)
+        assert 1 <= int(kept.sum()) <= (top_k if top_k > 0 else 10)
         assert plain_V[kept].min() >= plain_V[~kept].max() if not bool(kept.all()) else True
         ratio = prob_V[kept] / plain_V[kept]
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=0)

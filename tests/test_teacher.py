@@ -31,12 +31,13 @@ class TableModel:
         self.n_rows = len(prob_SV)
 
     def __call__(self, ids_BS: Tensor, cache: Any = None) -> Tensor:
+        assert cache is None
         at_S = (torch.arange(ids_BS.shape[1]) - len(PROMPT) + 1).clamp(min=0)
         one_hot_SN = torch.nn.functional.one_hot(at_S, self.n_rows)
         return one_hot_SN.to(self.head.weight_VD.dtype).expand(len(ids_BS), -1, -1)
 
     def empty_cache(self, batch: int, length: int) -> Any:
-        raise AssertionError("scoring needs no cache")
+        raise AssertionError(f"scoring needs no cache, asked for {batch} x {length}")
 
 
 def read(

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts in, rollouts out: the student answers, the teacher reads.
+
+Where it stands: `train.py` asks for a step's rollouts here, `batch.py` makes one of each answer.
+Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigold.batch import Answer, Array, Rollout, answer_of, rollout_of
+from minigold.chat import prompt_ids
+from minigold.config import Config
+from minigold.data import Prompt
+from minigold.events import Events, match, measure
+from minigold.load import LanguageModel
+from minigold.offsets import encode_continuation, vocabulary
+from minigold.sample import sample
+from minigold.teacher import Reading, score
+
+__all__ = ["Pair", "collect", "make_pair", "precision", "sample_answers", "seeds_of"]
+
+log = logging.getLogger("minigold")
+DATA, COIN, DRAW, MASK = range(4)  # random streams of a run
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models, and the events between their vocabularies (on their device)."""
+
+    student: LanguageModel
+    teacher: LanguageModel
+    events: Events
+
+
+def make_pair(student: LanguageModel, teacher: LanguageModel) -> Pair:
+    """Matches the two vocabularies, first pieces in both directions included."""
+    tokenizers = student.tokenizer, teacher.tokenizer
+    ours = vocabulary(tokenizers[0], end_ids=[student.end_id], size=student.n_tokens)
+    theirs = vocabulary(tokenizers[1], end_ids=teacher.eos_ids, size=teacher.n_tokens)
+    only_theirs = set(theirs.token_bytes) - set(ours.token_bytes)
+    only_ours = set(ours.token_bytes) - set(theirs.token_bytes)
+    if only_theirs or only_ours:
+        ours = vocabulary(
+            tokenizers[0], end_ids=[student.end_id], size=student.n_tokens, pieces_for=only_theirs
+        )
+        theirs = vocabulary(
+            tokenizers[1], end_ids=teacher.eos_ids, size=teacher.n_tokens, pieces_for=only_ours
+        )
+    return Pair(student, teacher, match(ours, theirs).to(student.decoder.device))
+
+
+def sample_answers(
+    pair: Pair, batch: list[Prompt], config: Config, *, number: int
+) -> tuple[list[Answer], list[tuple[Array, Array] | None]]:
+    """Answers of one step, and the student's log-probabilities and measures of those it sampled."""
+    student, events = pair.student, pair.events
+    rows = [prompt for prompt in batch for _ in range(config.rollouts)]
+    coins = np.random.default_rng([config.seed, COIN, number]).random(len(rows))
+    fixed = [
+        p.completion is not None and c >= config.lmbda for p, c in zip(rows, coins, strict=True)
+    ]
+    ids = [prompt_ids(student, p.prompt, plain=config.student_plain) for p in rows]
+    live = [i for i, is_fixed in enumerate(fixed) if not is_fixed]
+    seeds = seeds_of(config.seed, number, DRAW, len(rows))
+
+    def watch(logp_BV: Tensor, ids_B: Tensor) -> Tensor:
+        return torch.stack(measure(logp_BV, ids_B, events.student), dim=1)
+
+    drawn = {}
+    if live:
+        with precision(student):
+            completions = sample(
+                student.decoder,
+                [ids[i] for i in live],
+                max_new_tokens=config.max_new_tokens,
+                eos_ids=student.eos_ids,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                seed=[seeds[i] for i in live],
+                watch=watch,
+            )
+        drawn = dict(zip(live, completions, strict=True))
+    answers: list[Answer] = []
+    side: list[tuple[Array, Array] | None] = []
+    for i, prompt in enumerate(rows):
+        one = drawn.get(i)
+        fixed_ids = (
+            [] if one else encode_continuation(student.tokenizer, prompt.completion or "")[0]
+        )
+        told = prompt.teacher_prompt if prompt.teacher_prompt is not None else prompt.prompt
+        answers.append(
+            answer_of(
+                prompt,
+                ids[i],
+                one.ids if one else [*fixed_ids, student.end_id],
+                finished=one.finished if one else True,
+                on_policy=one is not None,
+                teacher_prompt_ids=prompt_ids(pair.teacher, told, plain=config.teacher_plain),
+                student_tokenizer=student.tokenizer,
+                teacher_tokenizer=pair.teacher.tokenizer,
+                end_id=student.end_id,
+                identical=events.identical,
+            )
+        )
+        watched = one.watched_SK if one else None
+        side.append((one.logp_S.numpy(), watched.numpy()) if one and watched is not None else None)
+    return answers, side
+
+
+def collect(
+    pair: Pair,
+    answers: Sequence[Answer],
+    student_side: Sequence[tuple[Array, Array] | None],
+    config: Config,
+) -> list[Rollout]:
+    """Lets the teacher read all answers (and the student those that it did not sample)."""
+    events, student = pair.events, pair.student
+    _warn_of_length(pair.teacher, answers)
+    scores = score(
+        pair.teacher.decoder,
+        [
+            Reading(a.teacher_prompt_ids, a.teacher_ids, [t for t in a.chunks.t0.tolist() if t])
+            for a in answers
+        ],
+        end_ids=pair.teacher.eos_ids,
+        side=events.teacher,
+        micro_batch=config.micro_batch,
+    )
+    unread = [i for i, known in enumerate(student_side) if known is None]
+    with precision(student):
+        own = score(
+            student.decoder,
+            [Reading(answers[i].prompt_ids, answers[i].ids) for i in unread],
+            end_ids=[student.end_id],
+            side=events.student,
+            micro_batch=config.micro_batch,
+        )
+    read = {i: (s.logp_T.numpy(), s.measures_T5.numpy()) for i, s in zip(unread, own, strict=True)}
+    rollouts = []
+    for i, (answer, teacher_score) in enumerate(zip(answers, scores, strict=True)):
+        logp_S, measures_S5 = student_side[i] or read[i]
+        rollouts.append(
+            rollout_of(
+                answer,
+                teacher_score,
+                student_logp_S=logp_S,
+                student_measures_S5=measures_S5,
+                events=events,
+            )
+        )
+    return rollouts
+
+
+def _warn_of_length(teacher: LanguageModel, answers: Sequence[Answer]) -> None:
+    longest = max(len(a.teacher_prompt_ids) + len(a.teacher_ids) for a in answers)
+    if longest > teacher.context:
+        log.warning(
+            "the teacher reads %d tokens, more than its context of %d; lower --max-new-tokens",
+            longest, teacher.context,
+        )  # fmt: skip
+
+
+def precision(model: LanguageModel) -> AbstractContextManager[Any]:
+    """bfloat16 products on a CUDA device, with the student's weights kept in float32."""
+    device = model.decoder.device
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+def seeds_of(seed: int, number: int, stream: int, n: int) -> list[int]:
+    """`n` seeds of one stream of one step."""
+    drawn = np.random.SeedSequence([seed, number, stream]).generate_state(n, np.uint64)
+    return [int(x) >> 1 for x in drawn]
