@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts of both sides in, the chunks to train and the rows that carry them out.
 
-A `Rollout` is one answer as both models see it. `rollout_of` aligns it and adds up chunk
-log-probabilities; `pack` picks the states that the loss needs, so that the student's training
+A `Rollout` is one answer as both models see it. `answer_of` aligns its two
+tokenizations, `rollout_of` adds up chunk log-probabilities; `pack` picks the states that the loss needs, so that the student's training
 pass runs no further than the last chosen chunk of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,6 @@ __all__ = ["Answer", "Rollout", "answer_of", "head_rows", "needed_states", "pack
 
 Array = npt.NDArray[Any]
 CARRY_FROM = 0.01  # smaller overhangs are not worth another row of the head
-TEXTLESS = Chunks(*(np.zeros(0, dtype=np.int64) for _ in Chunks._fields))
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def answer_of(
         teacher_ids, chunks = list(ids), _one_per_token(spans, finished=finished)
     else:
         teacher_ids, teacher_spans = encode_continuation(teacher_tokenizer, text)
-        chunks = align(spans, teacher_spans) if len(spans) and teacher_ids else TEXTLESS
+        chunks = _aligned(spans, teacher_spans)
         if finished:
             flaw = EXACT if ids[-1] == end_id else SPECIAL
             chunks = _with_end(
@@ -141,6 +140,14 @@ def answer_of(
         prompt, prompt_ids, ids, finished, on_policy, text, teacher_prompt_ids, teacher_ids,
         noncanonical, chunks,
     )  # fmt: skip
+
+
+def _aligned(spans: Array, teacher_spans: Array) -> Chunks:
+    """As `align`; tokens without any text, such as markers alone, are one chunk too."""
+    chunks, n, m = align(spans, teacher_spans), len(spans), len(teacher_spans)
+    if len(chunks.flaw) or not (n or m):
+        return chunks
+    return Chunks(*(np.array([x]) for x in (0, n, 0, m, 0, 0, SPECIAL)))
 
 
 def _with_end(chunks: Chunks, n_student: int, n_teacher: int, size: int, flaw: int) -> Chunks:
@@ -259,11 +266,10 @@ def pack(
     logps: list[float] = []
     observed: list[bool] = []
     for rollout, chosen_C, hidden_SD in zip(rollouts, chosen, states, strict=True):
-        picked, chunk_rows = np.flatnonzero(chosen_C), _student_rows(rollout)
-        places = []
+        picked, places = np.flatnonzero(chosen_C), []
         for c in picked.tolist():
             t = int(rollout.chunks.t0[c])
-            for place, kind in chunk_rows(c):
+            for place, kind in _student_rows(rollout, c):
                 table.append((len(observed), rollout.answer.ids[place], kind))
                 places.append(place)
             if t in rollout.score.carried:
@@ -284,20 +290,16 @@ def pack(
     return torch.cat(student), torch.cat(teacher), rows
 
 
-def _student_rows(rollout: Rollout) -> Callable[[int], list[tuple[int, int]]]:
-    """For a chunk: the places of its rows among the completion's tokens, and their kinds."""
-    chunks = rollout.chunks
-
-    def rows_of(c: int) -> list[tuple[int, int]]:
-        first, rows = int(chunks.s0[c]), []
-        if rollout.student_overhang_C[c] > CARRY_FROM:
-            rows.append((first - 1, INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE))
-        rows.append((first, FIRST))
-        if rollout.observed_C[c]:
-            rows.extend((place, REST) for place in range(first + 1, int(chunks.s1[c])))
-        return rows
-
-    return rows_of
+def _student_rows(rollout: Rollout, c: int) -> list[tuple[int, int]]:
+    """Of a chunk: the places of its rows among the completion's tokens, and their kinds."""
+    chunks, rows = rollout.chunks, []
+    first = int(chunks.s0[c])
+    if rollout.student_overhang_C[c] > CARRY_FROM:
+        rows.append((first - 1, INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE))
+    rows.append((first, FIRST))
+    if rollout.observed_C[c]:
+        rows.extend((place, REST) for place in range(first + 1, int(chunks.s1[c])))
+    return rows
 
 
 def _joined(carry: Sequence[tuple[int, Carried]], device: torch.device) -> Carry:

@@ -12,7 +12,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,16 +73,18 @@ def run_demo(
     _show("before (the teacher disagrees inside the brackets):", pair, tests, config, say)
 
     trained: list[float] = []
-    with _progress(steps, shown=bar) as progress:
+    progress: list[_Bar] = []
 
-        def on_step(step: Step) -> None:
-            trained.append(step.metrics["trained_fraction"] or 0.0)
-            progress.update(1)
-            progress.set_postfix(
-                loss=f"{step.metrics['loss']:.3f}", trained=f"{trained[-1]:.2f}", refresh=False
-            )
+    def on_step(step: Step) -> None:
+        if not progress:  # only now, so that the audit stands above it
+            progress.append(_bar(steps, shown=bar))
+        trained.append(step.metrics["trained_fraction"] or 0.0)
+        loss = f"{step.metrics['loss']:.3f}"
+        progress[0].set_postfix(loss=loss, trained=f"{trained[-1]:.2f}", refresh=False)
+        progress[0].update(1)
 
-        distill(student, teacher, prompts(), config, out=out, on_step=on_step)
+    distill(student, teacher, prompts(), config, out=out, on_step=on_step)
+    progress[0].close()
     _show("after:", pair, tests, config, say)
     return {
         "teacher_accuracy": teacher_accuracy,
@@ -136,6 +137,7 @@ def _show(
 class _Bar(Protocol):
     def update(self, n: int) -> Any: ...
     def set_postfix(self, *, refresh: bool, loss: str, trained: str) -> Any: ...
+    def close(self) -> Any: ...
 
 
 class _Lines:
@@ -152,13 +154,14 @@ class _Lines:
     def set_postfix(self, *, refresh: bool, loss: str, trained: str) -> None:
         self.note = f"loss {loss} trained {trained}" if not refresh else self.note
 
+    def close(self) -> None:
+        pass
 
-def _progress(total: int, *, shown: bool) -> AbstractContextManager[_Bar]:
+
+def _bar(total: int, *, shown: bool) -> _Bar:
     try:
         from tqdm import tqdm
     except ImportError:
-        return nullcontext(_Lines(total, shown=shown))
-    bar: AbstractContextManager[_Bar] = tqdm(
-        total=total, file=sys.stderr, unit="step", disable=not shown
-    )
+        return _Lines(total, shown=shown)
+    bar: _Bar = tqdm(total=total, file=sys.stderr, unit="step", disable=not shown)
     return bar

@@ -94,11 +94,6 @@ class Side:
         """Events as columns of `project`."""
         return torch.where(event_K == self.n_events, self.n_events + 1, event_K)
 
-    def has_longer(self, text: bytes) -> bool:
-        """Some token strictly extends `text`."""
-        low, high = _extensions(text, self.keys)
-        return low < high
-
     def longer(self, text: bytes, event: int | None) -> tuple[Tensor, Tensor]:
         """Ids of the tokens that strictly extend `text`, and the event of what they add; int64.
 

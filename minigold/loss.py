@@ -15,7 +15,19 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["FLOOR", "ChunkRows", "chunk_losses", "divergence", "gold_loss"]
+__all__ = [
+    "BEFORE",
+    "FIRST",
+    "FLOOR",
+    "INSIDE",
+    "REST",
+    "Carry",
+    "ChunkRows",
+    "Rows",
+    "chunk_losses",
+    "divergence",
+    "gold_loss",
+]
 
 FLOOR = 1e-18  # probabilities below count as this; its square is still a normal float32
 END = 1e-3  # within this of 0 or 1, beta is the end itself
@@ -35,8 +47,6 @@ class Head(Protocol):
 class Side(Protocol):
     """One side's map to events, as `events.match` makes it."""
 
-    @property
-    def n_events(self) -> int: ...
     @property
     def event_V(self) -> Tensor: ...
     def project(self, prob_NV: Tensor) -> Tensor: ...
@@ -220,6 +230,7 @@ def chunk_losses(
 
 
 def _teacher_law(prob_CW: Tensor, carry: Carry, side: Side) -> Tensor:
+    """How the text goes on at each chunk, over events [C, X + 2]."""
     prob_CX = side.project(prob_CW)
     overhang_C = prob_CX.new_zeros(len(prob_CX)).index_add(0, carry.chunk_K, carry.mass_K)
     law_CX = prob_CX * (1 - overhang_C)[:, None]
@@ -229,7 +240,7 @@ def _teacher_law(prob_CW: Tensor, carry: Carry, side: Side) -> Tensor:
 
 
 def _student_law(logp_NV: Tensor, rows: ChunkRows, side: Side) -> tuple[Tensor, Tensor]:
-    """How the text goes on at each chunk, over events [C, X + 2], and ln P(the chunk) [C].
+    """The same of the student, and ln P(the chunk) [C].
 
     With c the token before the chunk, p its distribution and m the mass that is carried over c,
     the law is `(p(c) P + carried) / (p(c) + m)`, P being the prediction after c.

@@ -50,8 +50,6 @@ def step_metrics(
     n_chunks = sum(len(c.s0) for c in chunks)
     n_chosen = sum(int(mask.sum()) for mask in chosen)
     tokens = sum(len(r.answer.ids) for r in rollouts)
-    one_to_one = sum(int(((c.s1 - c.s0 == 1) & (c.t1 - c.t0 == 1)).sum()) for c in chunks)
-    over = sum(int((r.overhang_C > OVERHANG_SHOWN).sum()) for r in rollouts)
     sampled = [r for r in rollouts if r.answer.on_policy]
     finished = sum(r.answer.finished for r in sampled)
     return {
@@ -60,10 +58,10 @@ def step_metrics(
         "trained_fraction": _share(n_chosen, n_chunks),
         "disagreement_share": _disagreement(rollouts, chosen),
         "work_saved": work_saved,
-        "one_to_one_fraction": _share(one_to_one, n_chunks),
+        "one_to_one_fraction": _one_to_one(rollouts),
         "unscorable": _unscorable(rollouts),
         **_masses(rollouts),
-        "overhang_fraction": _share(over, n_chunks),
+        "overhang_fraction": _overhanging(rollouts),
         "noncanonical_share": _noncanonical(sampled),
         "reverse_kl_per_byte": _per_byte(sampled) if config.pure else None,
         "completion_tokens": tokens,
@@ -101,15 +99,16 @@ def sample_rows(number: int, step: Step) -> list[dict[str, Any]]:
 
 
 def audit(rollouts: Sequence[Rollout], events: Events) -> str:
-    """Mass audit on real samples: logged, with warnings, and returned as text."""
+    """Mass audit on real samples, before any training: logged, with warnings, and returned."""
     mass = _masses(rollouts)
-    lines = [f"{events.n_events} events" + (", the ids themselves" if events.identical else "")]
+    lines = [f"mass audit: {events.n_events} events" + ", the ids themselves" * events.identical]
     for name, side in (("student", events.student), ("teacher", events.teacher)):
-        alone = int(side.shared_V.sum())
         other = mass[f"other_mass_{name}"] or 0.0
         shared = mass[f"shared_mass_{name}"] or 0.0
+        texts = [text for text in side.spelling if text]
         lines.append(
-            f"{name}: {alone} of {len(side.event_V)} ids are events; mass in shared tokens "
+            f"  {name}: {int(side.shared_V.sum())} of {len(side.spelling)} ids are events, "
+            f"{len(texts) - len(set(texts))} repeat another's bytes; mass in shared tokens "
             f"{shared:.4f}, projected {max(0.0, 1 - shared - other):.4f}, other {other:.4f}"
         )
         if other > OTHER_LIMIT:
@@ -117,16 +116,31 @@ def audit(rollouts: Sequence[Rollout], events: Events) -> str:
                 "%s: %.1f %% of its mass is in tokens without an event; check both templates "
                 "and end-of-turn ids", name, 100 * other,
             )  # fmt: skip
+    one_to_one, over = _one_to_one(rollouts) or 0.0, _overhanging(rollouts) or 0.0
+    lines.append(
+        f"  chunks: {one_to_one:.4f} one to one, {over:.4f} start under longer tokens of one side"
+    )
     strange = _noncanonical([r for r in rollouts if r.answer.on_policy]) or 0.0
     if strange > NONCANONICAL_LIMIT:
         log.warning("%.0f %% of the sampled tokens are unusual spellings", 100 * strange)
-    text = "mass audit: " + "; ".join(lines)
+    text = "\n".join(lines)
     log.info(text)
     return text
 
 
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+def _one_to_one(rollouts: Sequence[Rollout]) -> float | None:
+    chunks = [r.chunks for r in rollouts]
+    single = sum(int(((c.s1 - c.s0 == 1) & (c.t1 - c.t0 == 1)).sum()) for c in chunks)
+    return _share(single, sum(len(c.s0) for c in chunks))
+
+
+def _overhanging(rollouts: Sequence[Rollout]) -> float | None:
+    over = sum(int((r.overhang_C > OVERHANG_SHOWN).sum()) for r in rollouts)
+    return _share(over, sum(len(r.chunks.s0) for r in rollouts))
 
 
 def _noncanonical(sampled: Sequence[Rollout]) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from minigold.config import Config
 from minigold.data import Prompt
 from minigold.events import Events, match, measure
 from minigold.load import LanguageModel
-from minigold.offsets import encode_continuation, vocabulary
+from minigold.offsets import encode_continuation, first_pieces, vocabulary
 from minigold.sample import sample
 from minigold.teacher import Reading, score
 
@@ -47,15 +47,9 @@ def make_pair(student: LanguageModel, teacher: LanguageModel) -> Pair:
     tokenizers = student.tokenizer, teacher.tokenizer
     ours = vocabulary(tokenizers[0], end_ids=[student.end_id], size=student.n_tokens)
     theirs = vocabulary(tokenizers[1], end_ids=teacher.eos_ids, size=teacher.n_tokens)
-    only_theirs = set(theirs.token_bytes) - set(ours.token_bytes)
-    only_ours = set(ours.token_bytes) - set(theirs.token_bytes)
-    if only_theirs or only_ours:
-        ours = vocabulary(
-            tokenizers[0], end_ids=[student.end_id], size=student.n_tokens, pieces_for=only_theirs
-        )
-        theirs = vocabulary(
-            tokenizers[1], end_ids=teacher.eos_ids, size=teacher.n_tokens, pieces_for=only_ours
-        )
+    spelled = set(ours.token_bytes), set(theirs.token_bytes)
+    ours = replace(ours, first_pieces=first_pieces(tokenizers[0], spelled[1] - spelled[0]))
+    theirs = replace(theirs, first_pieces=first_pieces(tokenizers[1], spelled[0] - spelled[1]))
     return Pair(student, teacher, match(ours, theirs).to(student.decoder.device))
 
 

@@ -95,8 +95,6 @@ def distill(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, config)
         step = take_step(pair, optimizer, next(batches), config, number=number)
-        if number == 1:
-            measured.audit(step.rollouts, pair.events)
         history.append(step.metrics)
         if out is not None:
             _append(out / "metrics.jsonl", [step.metrics])
@@ -142,6 +140,8 @@ def take_step(
     answers, student_side = sample_answers(pair, batch, config, number=number)
     clock.append(time.perf_counter())
     rollouts = collect(pair, answers, student_side, config)
+    if number == 1:
+        measured.audit(rollouts, pair.events)
     generator = torch.Generator().manual_seed(seeds_of(config.seed, number, MASK, 1)[0])
     kept = [
         acceptance(*map(torch.as_tensor, (r.student_logp_C, r.teacher_logp_C, r.scorable_C)))

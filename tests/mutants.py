@@ -111,6 +111,96 @@ MUTANTS = (
         "text_C = r.scorable_C & (r.chunks.end > r.chunks.start)",
         "text_C = r.scorable_C",
         "tests/test_metrics.py",
+    ),  # of ids with equal bytes only one counts
+    Mutant(
+        "minigold/events.py",
+        "return empty_NX.scatter_add(1, column_V.expand(n, v), prob_NV)",
+        "return empty_NX.scatter(1, column_V.expand(n, v), prob_NV)",
+        "tests/test_events.py",
+    ),
+    # longer tokens count where they were another event
+    Mutant(
+        "minigold/events.py",
+        "merged = self.event_V[ids] == event",
+        "merged = self.event_V[ids] >= 0",
+        "tests/test_events.py",
+    ),
+    # student and teacher change places
+    Mutant(
+        "minigold/loss.py",
+        "return divergence(_conditioned(student_CX), teacher_CK, beta=beta)",
+        "return divergence(teacher_CK, _conditioned(student_CX), beta=beta)",
+        "tests/test_loss.py",
+    ),
+    # events are conditioned over the chunks
+    Mutant(
+        "minigold/loss.py",
+        "inside_CK.sum(-1, keepdim=True)",
+        "inside_CK.sum(0, keepdim=True)",
+        "tests/test_loss.py",
+    ),
+    # what has no event is free
+    Mutant(
+        "minigold/loss.py",
+        "beta=beta) + _hidden_mass(student_CX)",
+        "beta=beta) + 0 * _hidden_mass(student_CX)",
+        "tests/test_loss.py",
+    ),
+    # the observed chunk is forgotten
+    Mutant(
+        "minigold/loss.py",
+        "moved_C = torch.where(observed_C, torch.minimum(logp_C.exp(), MOST * held_C), 0.0)",
+        "moved_C = torch.where(observed_C, 0.0 * held_C, 0.0)",
+        "tests/test_loss.py",
+    ),
+    # the shift is deleted
+    Mutant(
+        "minigold/sample.py",
+        "return hidden_SD[n_prompt - 1 : n_prompt + n_completion]",
+        "return hidden_SD[n_prompt : n_prompt + n_completion + 1]",
+        "tests/test_train.py",
+    ),
+    # the longer tokens of an improbable path weigh too little
+    Mutant(
+        "minigold/teacher.py",
+        "log_path += logp[at]",
+        "log_path = logp[at]",
+        "tests/test_teacher.py",
+    ),
+    # one of several stops counts
+    Mutant(
+        "minigold/teacher.py",
+        "logp_NV[-1, list(end_ids)].logsumexp(0)",
+        "logp_NV[-1, list(end_ids)][0]",
+        "tests/test_teacher.py",
+    ),
+    # the mask is flipped
+    Mutant(
+        "minigold/disagree.py",
+        "return uniform_C >= acceptance_C",
+        "return uniform_C < acceptance_C",
+        "tests/test_disagree.py",
+    ),
+    # the end of turn is not scored
+    Mutant(
+        "minigold/batch.py",
+        "flaw = EXACT if ids[-1] == end_id else SPECIAL",
+        "flaw = SPECIAL",
+        "tests/test_train.py",
+    ),
+    # the token before a chunk is taken for one that starts at a shared boundary
+    Mutant(
+        "minigold/batch.py",
+        "INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE",
+        "BEFORE",
+        "tests/test_train.py",
+    ),
+    # the step's loss is divided by all chunks
+    Mutant(
+        "minigold/train.py",
+        "weight = 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)",
+        "weight = 1 / max(n_chunks, 1)",
+        "tests/test_train.py",
     ),
 )
 

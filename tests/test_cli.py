@@ -345,7 +345,7 @@ def test_train_ends_with_a_line_of_json(trained: Result, out: Path) -> None:
     assert re.search(
         r"^step 1/2  loss \d+\.\d{4}  trained [01]\.\d\d of \d+ chunks", trained.err, re.MULTILINE
     )
-    assert re.search(r"^mass audit: \d+ events; student: ", trained.err, re.MULTILINE)
+    assert re.search(r"^mass audit: \d+ events\n  student: ", trained.err, re.MULTILINE)
     assert "Traceback" not in trained.err
 
 

@@ -239,11 +239,14 @@ def test_samples_show_each_answer_and_what_was_trained() -> None:
 
 
 # --------------------------------------------------------------------------------- audit
-def side(shared: int, ids: int) -> SimpleNamespace:
-    return SimpleNamespace(shared_V=torch.arange(ids) < shared, event_V=torch.zeros(ids))
+def side(shared: int, ids: int, repeated: int = 0) -> SimpleNamespace:
+    spelling = [b""] + [b"%d" % max(i, repeated) for i in range(ids - 1)]
+    return SimpleNamespace(shared_V=torch.arange(ids) < shared, spelling=spelling)
 
 
-EVENTS = SimpleNamespace(n_events=30, identical=False, student=side(29, 41), teacher=side(28, 53))
+EVENTS = SimpleNamespace(
+    n_events=30, identical=False, student=side(29, 41), teacher=side(28, 53, repeated=2)
+)
 
 
 def answer(*, other: float = 0.0, noncanonical: int = 0, sampled: bool = True) -> Rollout:
@@ -258,16 +261,21 @@ def test_the_audit_says_where_the_mass_is(caplog: pytest.LogCaptureFixture) -> N
     caplog.set_level(logging.INFO, logger="minigold")
     text = audit([answer(other=0.01)], EVENTS)
     assert text == (
-        "mass audit: 30 events; "
-        "student: 29 of 41 ids are events; mass in shared tokens 0.9000, projected 0.0900, other 0.0100; "
-        "teacher: 28 of 53 ids are events; mass in shared tokens 0.8000, projected 0.1950, other 0.0050"
+        "mass audit: 30 events\n"
+        "  student: 29 of 41 ids are events, 0 repeat another's bytes; "
+        "mass in shared tokens 0.9000, projected 0.0900, other 0.0100\n"
+        "  teacher: 28 of 53 ids are events, 2 repeat another's bytes; "
+        "mass in shared tokens 0.8000, projected 0.1950, other 0.0050\n"
+        "  chunks: 1.0000 one to one, 0.0000 start under longer tokens of one side"
     )
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("INFO", text)]
 
 
 def test_the_audit_knows_identical_tokenizers() -> None:
     same = SimpleNamespace(**{**vars(EVENTS), "identical": True})
-    assert audit([answer()], same).startswith("mass audit: 30 events, the ids themselves; student")
+    assert audit([answer()], same).startswith(
+        "mass audit: 30 events, the ids themselves\n  student"
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import math
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor
 
 from minigold import train
-from minigold.batch import Rollout, needed_states
+from minigold.batch import Rollout, answer_of, needed_states
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.load import LanguageModel
 from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows, chunk_losses
-from minigold.offsets import CUT, SPECIAL
+from minigold.offsets import CUT, SPECIAL, encode_continuation
 from minigold.rollout import Pair, collect, make_pair, sample_answers
 from minigold.teacher import Reading, score
 from minigold.train import batches_of, distill, learning_rate, take_step, train_pass
 from reference_losses import gkd
 from tiny_models import new_decoder, tiny_model
-from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
+from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe
 
 CONFIG = Config(
     steps=3, batch_size=6, micro_batch=4, max_new_tokens=14, lr=1e-3, warmup=2,
@@ -227,6 +228,29 @@ def dense_gradient(pair: Pair, rollouts: list[Rollout], chosen: list[Any], beta:
     parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in decoder.parameters()]
     decoder.zero_grad(set_to_none=True)
     return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("said", ["", "</s>", "</s></s>", "\x00", "a</s>", "\U0001f642", "</s>é"])
+def test_every_token_is_in_one_chunk(said: str, finished: bool) -> None:
+    """Markers alone, text that the other side has no token for, and nothing at all."""
+    ours, theirs = sentencepiece_bpe(), byte_bpe_lossy()
+    parts = [part for part in re.split("(</s>)", said) if part]
+    ids = [
+        i for part in parts for i in ([2] if part == "</s>" else encode_continuation(ours, part)[0])
+    ]
+    ids += [2] * finished
+    answer = answer_of(
+        PROMPTS[0], [1], ids, finished=finished, on_policy=True, teacher_prompt_ids=[0],
+        student_tokenizer=ours, teacher_tokenizer=theirs, end_id=2, identical=False,
+    )  # fmt: skip
+    c = answer.chunks
+    for first, stop, n in (
+        (c.s0, c.s1, len(ids)),
+        (c.t0, c.t1, len(answer.teacher_ids) + finished),
+    ):
+        covered = [i for a, b in zip(first, stop, strict=True) for i in range(a, b)]
+        assert covered == list(range(n))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.05])

@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of the real pair costs, stage by stage, beside the obvious alternatives.
 
-    python tests/benchmarks/bench_step.py            (`make bench`)
-
-Alternatives run in turns with ours in one process, and medians of the turns are compared. Memory
-is the resident set's peak above what was there before (Linux). The last line is JSON.
+Alternatives run in turns in one process, and medians of the turns are compared. Memory is the
+resident set's peak above what was there before (Linux). The last line is JSON.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,7 +22,6 @@ import torch
 
 import minigold as mg
 from minigold.batch import Rollout, needed_states, pack
-from minigold.chat import prompt_ids
 from minigold.load import LanguageModel
 from minigold.loss import chunk_losses, gold_loss
 from minigold.offsets import encode_continuation, spans_of_ids
@@ -36,143 +31,142 @@ from minigold.train import take_step
 
 TESTS = Path(__file__).parents[1]
 PROMPTS = TESTS.parent / "examples" / "prompts.jsonl"
+Figures = dict[str, float]
 
 
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def in_turns(n: int, **runs: Callable[[], object]) -> Figures:
+    """Median seconds of each; the first turn does not count."""
 
+    def seconds(run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
 
-def in_turns(runs: dict[str, Callable[[], Any]], n: int) -> dict[str, float]:
-    """Median of each, after one turn that does not count."""
-    turns = [{name: seconds(run) for name, run in runs.items()} for _ in range(n + 1)][1:]
-    return {name: statistics.median(turn[name] for turn in turns) for name in runs}
+    turns = [{name: seconds(run) for name, run in runs.items()} for _ in range(n + 1)]
+    return {name: median(turn[name] for turn in turns[1:]) for name in runs}
 
 
 def peak_mib(run: Callable[[], object]) -> float:
-    def resident(key: str) -> int:
+    def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text("ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak so far is forgotten
-    before = resident("VmRSS")
+    before = status("VmRSS")
     run()
-    return (resident("VmHWM") - before) / 1024
+    return (status("VmHWM") - before) / 1024
 
 
-def steps(pair: Pair, n: int, config: mg.Config) -> tuple[dict[str, Any], list[Rollout]]:
-    """Medians of the metrics' seconds over n steps, and the last step's rollouts."""
-    prompts = mg.data.read_prompts(PROMPTS)
+def of_steps(pair: Pair, config: mg.Config) -> tuple[Figures, list[Rollout]]:
+    """Medians over the steps, the first left out; the last step's rollouts."""
+    prompts, n = mg.data.read_prompts(PROMPTS), config.batch_size
     optimizer = torch.optim.AdamW(pair.student.decoder.parameters(), lr=1e-6)
-    taken = [
-        take_step(pair, optimizer, prompts[8 * i : 8 * i + 8], config, number=i + 1)
-        for i in range(n + 1)
-    ][1:]
-    keys = ("seconds", "seconds_sample", "seconds_teacher", "seconds_train", "completion_tokens")
-    found = {key: statistics.median(step.metrics[key] for step in taken) for key in keys}
+    steps = [
+        take_step(pair, optimizer, prompts[n * i : n * i + n], config, number=i + 1)
+        for i in range(config.steps + 1)
+    ]
+    keys = ("completion_tokens", "seconds", "seconds_sample", "seconds_teacher", "seconds_train")
     pair.student.decoder.zero_grad(set_to_none=True)
-    return found, taken[-1].rollouts
+    return {f"step {k}": median(s.metrics[k] for s in steps[1:]) for k in keys}, steps[-1].rollouts
 
 
-def align_all(pair: Pair, rollouts: list[Rollout]) -> None:
-    for answer in (r.answer for r in rollouts):
-        spans = spans_of_ids(pair.student.tokenizer, answer.ids)
-        mg.align.align(spans, encode_continuation(pair.teacher.tokenizer, answer.text)[1])
+def of_alignment(pair: Pair, rollouts: list[Rollout]) -> Figures:
+    """Student's spans, teacher's ids and spans, chunks."""
+
+    def run() -> None:
+        for answer in (r.answer for r in rollouts):
+            spans = spans_of_ids(pair.student.tokenizer, answer.ids)
+            mg.align.align(spans, encode_continuation(pair.teacher.tokenizer, answer.text)[1])
+
+    seconds = in_turns(20, run=run)["run"]
+    return {"align us/token": 1e6 * seconds / sum(len(r.answer.ids) for r in rollouts)}
 
 
-def sampling(model: LanguageModel, *, new: int, turns: int) -> dict[str, float]:
-    """Tokens a second of eight rows that do not end; ours against `generate`."""
+def of_sampling(model: LanguageModel, new: int, turns: int) -> Figures:
+    """Tokens a second of eight rows that do not end."""
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
     theirs.generation_config.eos_token_id = None
-    texts = [p.prompt for p in mg.data.read_prompts(PROMPTS)[:40] if isinstance(p.prompt, str)]
-    rows = [ids for t in texts if len(ids := prompt_ids(model, t, plain=True)[:8]) == 8][:8]
-    ids_BS = torch.tensor(rows)
-    mask_BS, pure = torch.ones_like(ids_BS), {"do_sample": True, "top_k": 0, "top_p": 1.0}
-
-    def hugging_face() -> None:
-        out = theirs.generate(ids_BS, attention_mask=mask_BS, max_new_tokens=new, **pure)
-        assert out.shape == (8, 8 + new)
-
-    ours = in_turns(
-        {
-            "minigold": lambda: sample(model.decoder, rows, max_new_tokens=new, eos_ids=()),
-            "transformers": hugging_face,
-        },
+    ids_BS = torch.randint(1000, 40000, (8, 16), generator=torch.Generator().manual_seed(0))
+    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": new}
+    settings |= {"attention_mask": torch.ones_like(ids_BS)}
+    seconds = in_turns(
         turns,
+        minigold=lambda: sample(model.decoder, ids_BS.tolist(), max_new_tokens=new, eos_ids=()),
+        transformers=lambda: theirs.generate(ids_BS, **settings),
     )
-    return {name: 8 * new / s for name, s in ours.items()}
+    return {
+        f"sample {model.folder.name} {name} tokens/s": 8 * new / s for name, s in seconds.items()
+    }
 
 
-def losses(pair: Pair, rollouts: list[Rollout], *, n: int, turns: int) -> dict[str, Any]:
-    """Value and gradient of `gold_loss`, and of `chunk_losses` on logits that are all held."""
+def of_loss(pair: Pair, rollouts: list[Rollout], turns: int) -> Figures:
+    """Value and gradient of all chunks of a step, in blocks and with all logits held."""
     student, teacher = pair.student.decoder, pair.teacher.decoder
-    masks, left = [], n
-    for r in rollouts:
-        masks.append(np.arange(len(r.chunks.s0)) < left)
-        left -= int(masks[-1].sum())
-    states = []
-    with torch.no_grad():
-        for r, mask in zip(rollouts, masks, strict=True):
-            ids_BS = pad([[*r.answer.prompt_ids, *r.answer.ids]], student.device)
-            last = max(needed_states(r, mask) - 1, 0)
-            states.append(completion_states(student(ids_BS)[0], len(r.answer.prompt_ids), last))
-    student_ND, teacher_CK, rows = pack(
-        rollouts, masks, states, teacher_end_id=pair.teacher.end_id
-    )
-    student_ND.requires_grad_()
+    masks, states, values = [np.ones(len(r.chunks.s0), dtype=bool) for r in rollouts], [], []
+    for r, mask in zip(rollouts, masks, strict=True):
+        prompt, last = r.answer.prompt_ids, needed_states(r, mask) - 1
+        with torch.no_grad():
+            hidden_SD = student(pad([[*prompt, *r.answer.ids]], student.device))[0]
+        states.append(completion_states(hidden_SD, len(prompt), last))
+    hidden_ND, teacher_CK, rows = pack(rollouts, masks, states, teacher_end_id=pair.teacher.end_id)
+    hidden_ND.requires_grad_()
     common: dict[str, Any] = {"rows": rows, "events": pair.events, "beta": 0.5}
-    heads = {"student_head": student.head, "teacher_head": teacher.head}
-    values = {}
+    weight, ends = 1 / len(rows.observed_C), (student.head, teacher.head)
 
-    def blockwise() -> None:
-        found = gold_loss(student_ND, teacher_CK, **heads, **common, weight=1.0)
-        found.total.backward()
-        values["blockwise"] = found.total.item()
-        student.zero_grad(set_to_none=True)
+    def blockwise() -> torch.Tensor:
+        heads = dict(zip(("student_head", "teacher_head"), ends, strict=True))
+        return gold_loss(hidden_ND, teacher_CK, **heads, **common, weight=weight).total
 
-    def dense() -> None:
-        logits_NV, logits_CW = student.head.logits(student_ND), teacher.head.logits(teacher_CK)
-        total = chunk_losses(logits_NV, logits_CW, **common).sum()
+    def dense() -> torch.Tensor:
+        logits = (head.logits(x) for head, x in zip(ends, (hidden_ND, teacher_CK), strict=True))
+        return chunk_losses(*logits, **common).sum() * weight
+
+    def run(loss: Callable[[], torch.Tensor]) -> None:
+        total = loss()
         total.backward()
-        values["dense"] = total.item()
+        values.append(total.item())
         student.zero_grad(set_to_none=True)
 
-    runs = {"blockwise": blockwise, "dense": dense}
-    took = in_turns(runs, turns)
-    assert abs(values["blockwise"] / values["dense"] - 1) < 1e-4
-    mib = {name: peak_mib(run) for name, run in runs.items()}
-    return {"chunks": n - max(left, 0), "rows": len(student_ND), "seconds": took, "mib": mib}
+    runs = {"blockwise": lambda: run(blockwise), "dense": lambda: run(dense)}
+    seconds = in_turns(turns, **runs)
+    assert np.allclose(values, values[0], rtol=1e-4)
+    figures = {"loss chunks": len(teacher_CK), "loss student rows": len(hidden_ND)}
+    figures |= {f"loss {name} s": value for name, value in seconds.items()}
+    return figures | {f"loss {name} peak MiB": peak_mib(run) for name, run in runs.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times a step of the real pair.")
     parser.add_argument("--swap", action="store_true", help="Gemma teaches SmolLM2")
     parser.add_argument("--turns", type=int, default=3, help="of each alternative")
-    parser.add_argument("--new", type=int, default=48, help="tokens sampled a row")
-    parser.add_argument("--chunks", type=int, default=256, help="of the two losses")
+    parser.add_argument("--new", type=int, default=32, help="tokens sampled a row")
     args = parser.parse_args()
     sys.path.insert(0, str(TESTS))
     from real_models import real_folder
 
-    student, teacher = (mg.load(real_folder(n)) for n in ("gemma", "smollm2")[:: 1 - 2 * args.swap])
+    names = ("smollm2", "gemma") if args.swap else ("gemma", "smollm2")
+    student, teacher = (mg.load(real_folder(name)) for name in names)
     started = time.perf_counter()
     pair = make_pair(student, teacher)
-    figures: dict[str, Any] = {"matching_seconds": time.perf_counter() - started}
-    config = mg.Config(
-        max_new_tokens=args.new, student_plain=not args.swap, teacher_plain=args.swap
-    )
-    figures["sampling"] = {
-        Path(m.name).name: sampling(m, new=args.new, turns=args.turns) for m in (student, teacher)
-    }
-    figures["step"], rollouts = steps(pair, args.turns, config)
-    tokens = sum(len(r.answer.ids) for r in rollouts)
-    took = in_turns({"align": lambda: align_all(pair, rollouts)}, 20)["align"] / tokens
-    figures["align_microseconds_per_token"] = 1e6 * took
-    figures["align_share_of_step"] = (
-        took * figures["step"]["completion_tokens"] / figures["step"]["seconds"]
-    )
-    figures["loss"] = losses(pair, rollouts, n=args.chunks, turns=args.turns)
-    show(figures)
+    figures = {"match vocabularies s": time.perf_counter() - started}
+    for model in (student, teacher):
+        figures |= of_sampling(model, args.new, args.turns)
+    plain = {"student_plain": not args.swap, "teacher_plain": args.swap}
+    config = mg.Config(steps=args.turns, batch_size=8, max_new_tokens=args.new, **plain)
+    found, rollouts = of_steps(pair, config)
+    figures |= found | of_alignment(pair, rollouts)
+    seconds = figures["align us/token"] * figures["step completion_tokens"] / 1e6
+    figures["align share of step"] = seconds / figures["step seconds"]
+    figures |= of_loss(pair, rollouts, args.turns)
+    cpu = Path("/proc/cpuinfo").read_text("utf-8").partition("model name\t: ")[2].split("\n")[0]
+    packages = ("minigold", "torch", "transformers", "tokenizers")
+    print("\n".join(f"{name:45} {value:12.4g}" for name, value in figures.items()))
+    machine = {"cores": os.cpu_count(), "processor": cpu or platform.processor()}
+    versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
+    print(json.dumps({"machine": machine, "versions": versions, "student": names[0], **figures}))
+
+
+if __name__ == "__main__":
+    main()
