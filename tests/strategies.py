@@ -57,5 +57,5 @@ def segmentations(draw: st.DrawFn, size: int) -> list[tuple[int, int, int]]:
         flaw = draw(st.integers(1, 5)) if kind == "flaw" else 0
         spans.append((start, end, flaw))
         if kind == "share":
-            spans.append((start, end, flaw))
+            spans.append((start, draw(st.integers(start, end)), flaw))
     return spans

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minigold import train
-from minigold.batch import Rollout, answer_of, needed_states
+from minigold.batch import Rollout, answer_of, needed_states, pack
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.load import LanguageModel
@@ -376,6 +376,26 @@ def test_the_student_overhang_is_that_of_the_token_before_the_chunk() -> None:
             inside = int(r.chunks.s1[k - 1] - r.chunks.s0[k - 1] > 1)
             ours = r.student_measures_S5[r.chunks.s0[k] - 1, inside]
             assert r.student_overhang_C[k] == pytest.approx(ours)
+
+
+def test_the_row_before_a_chunk_says_where_its_token_began() -> None:
+    pair, kinds = cross_pair(), set()
+    for number in range(1, 25):
+        for r in rollouts_of(pair, number=number):
+            mask = np.ones(len(r.chunks.s0), dtype=bool)
+            states = torch.zeros(needed_states(r, mask), 20)
+            if len(mask) == 0:
+                continue
+            rows = pack([r], [mask], [states], teacher_end_id=pair.teacher.end_id)[2].student
+            table = zip(
+                rows.chunk_N.tolist(), rows.ids_N.tolist(), rows.kind_N.tolist(), strict=True
+            )
+            for c, token, kind in table:
+                if kind in (BEFORE, INSIDE):
+                    kinds.add(kind)
+                    assert token == r.answer.ids[r.chunks.s0[c] - 1]
+                    assert (kind == INSIDE) == (r.chunks.s1[c - 1] - r.chunks.s0[c - 1] > 1)
+    assert kinds == {BEFORE, INSIDE}
 
 
 def test_needed_states_end_with_the_last_chosen_chunk() -> None:
