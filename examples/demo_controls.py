@@ -75,7 +75,7 @@ def spoiled(**changes: dict[str, Any]) -> Callable[[], Any]:
     return context
 
 
-def no_overhangs(_measures_S5: np.ndarray, chunks: Chunks) -> np.ndarray:
+def no_overhang(_measures_S5: np.ndarray, chunks: Chunks) -> np.ndarray:
     return np.zeros(len(chunks.s0))
 
 
@@ -83,7 +83,7 @@ ARMS = {
     "gold": spoiled(),
     "shuffled": spoiled(rollout={"match": shuffled}),
     "shifted": spoiled(batch={"align": shifted}),
-    "no-carry": spoiled(teacher={"_covers": lambda *_args: []}, batch={"_overhangs": no_overhangs}),
+    "no-carry": spoiled(teacher={"_covers": lambda *_args: []}, batch={"_stays": no_overhang}),
 }
 
 

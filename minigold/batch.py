@@ -31,12 +31,11 @@ from minigold.offsets import (
     spans_of_text,
     text_of_ids,
 )
-from minigold.teacher import Carried, Score
+from minigold.teacher import CARRY_FROM, Carried, Reading, Score
 
 __all__ = ["Answer", "Rollout", "answer_of", "head_rows", "needed_states", "pack", "rollout_of"]
 
 Array = npt.NDArray[Any]
-CARRY_FROM = 0.01  # smaller overhangs are not worth another row of the head
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,18 @@ class Answer:
     noncanonical: int
     chunks: Chunks
 
+    @property
+    def reading(self) -> Reading:
+        """What the teacher reads."""
+        c = self.chunks
+        flawed = zip(c.t0[c.flaw != EXACT], c.t1[c.flaw != EXACT], strict=True)
+        return Reading(
+            self.teacher_prompt_ids,
+            self.teacher_ids,
+            starts=sorted({int(t) for t in c.t0 if t}),
+            opaque=frozenset(t for first, stop in flawed for t in range(first, stop)),
+        )
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -75,7 +86,7 @@ class Rollout:
             chunks of a text still add up to the sum of all tokens.
         scorable_C: bool, the chunk has a log-probability on both sides.
         observed_C: bool, its probability becomes an event of its own.
-        student_overhang_C, teacher_overhang_C: float64, 0 to 1, at the chunk's start.
+        student_stay_C, teacher_stay_C: float64, nats, ln(1 - overhang) at the chunk's start.
         student_measures_S5, teacher_measures_T5: `events.measure` of each token.
     """
 
@@ -85,8 +96,8 @@ class Rollout:
     teacher_logp_C: Array
     scorable_C: Array
     observed_C: Array
-    student_overhang_C: Array
-    teacher_overhang_C: Array
+    student_stay_C: Array
+    teacher_stay_C: Array
     student_measures_S5: Array
     teacher_measures_T5: Array
 
@@ -96,8 +107,8 @@ class Rollout:
 
     @property
     def overhang_C(self) -> Array:
-        """The larger of the two sides."""
-        return np.maximum(self.student_overhang_C, self.teacher_overhang_C)
+        """float64, 0 to 1: the larger of the two sides, at the chunk's start."""
+        return -np.expm1(np.minimum(self.student_stay_C, self.teacher_stay_C))
 
 
 def answer_of(
@@ -178,14 +189,14 @@ def rollout_of(
     scorable_C = chunks.flaw == 0
     teacher_logp = np.append(score.logp_T.double().numpy(), score.end_logp)
     teacher_measures_T5 = score.measures_T5.double().numpy()
-    student_overhang_C = _overhangs(student_measures_S5, chunks)
-    teacher_overhang_C = np.array(
-        [float(score.carried[t].mass_K.sum()) if t in score.carried else 0.0 for t in chunks.t0]
+    student_stay_C = _stays(student_measures_S5, chunks)
+    teacher_stay_C = np.array(
+        [score.carried[t].stay if t in score.carried else 0.0 for t in chunks.t0]
     )
     student_logp_C = _chunk_logps(
-        student_logp_S.astype(np.float64), chunks.s0, chunks.s1, student_overhang_C
+        student_logp_S.astype(np.float64), chunks.s0, chunks.s1, student_stay_C
     )
-    teacher_logp_C = _chunk_logps(teacher_logp, chunks.t0, chunks.t1, teacher_overhang_C)
+    teacher_logp_C = _chunk_logps(teacher_logp, chunks.t0, chunks.t1, teacher_stay_C)
     return Rollout(
         answer,
         score,
@@ -193,27 +204,26 @@ def rollout_of(
         np.where(scorable_C, teacher_logp_C, np.nan),
         scorable_C,
         scorable_C & ~_is_one_event(answer, chunks, events),
-        student_overhang_C,
-        teacher_overhang_C,
+        student_stay_C,
+        teacher_stay_C,
         student_measures_S5,
         teacher_measures_T5,
     )
 
 
-def _overhangs(measures_S5: Array, chunks: Chunks) -> Array:
-    """Of the student, at the start of each chunk: by the last token before it."""
+def _stays(measures_S5: Array, chunks: Chunks) -> Array:
+    """Of the student, at each chunk's start: by the last token before it, if that is the text's."""
     inside_C = (chunks.s1 - chunks.s0 > 1).astype(np.int64)
-    after_C = measures_S5[chunks.s1 - 1, inside_C]
+    after_C = np.where(chunks.flaw == EXACT, measures_S5[chunks.s1 - 1, inside_C], 0.0)
     return np.concatenate(([0.0], after_C))[:-1]
 
 
-def _chunk_logps(logp: Array, first_C: Array, stop_C: Array, overhang_C: Array) -> Array:
+def _chunk_logps(logp: Array, first_C: Array, stop_C: Array, stay_C: Array) -> Array:
     """Sum of each chunk's tokens, longer tokens over its end added, those over its start left."""
     if len(first_C) == 0:
         return np.zeros(0)
     sums_C = np.add.reduceat(np.append(logp, 0.0), np.stack((first_C, stop_C), axis=1).ravel())[::2]
-    stays_C = np.log1p(-overhang_C.clip(max=1 - 1e-15))
-    return np.where(first_C < stop_C, sums_C, 0.0) + stays_C - np.append(stays_C[1:], 0.0)
+    return np.where(first_C < stop_C, sums_C, 0.0) + stay_C - np.append(stay_C[1:], 0.0)
 
 
 def _is_one_event(answer: Answer, chunks: Chunks, events: Events) -> Array:
@@ -240,10 +250,15 @@ def needed_states(rollout: Rollout, chosen_C: Array) -> int:
     return int(last[picked].max()) + 1
 
 
+def _has_before(rollout: Rollout) -> Array:
+    """bool [C], the student's longer tokens over the chunk's start matter."""
+    return np.asarray(-np.expm1(rollout.student_stay_C) > CARRY_FROM)
+
+
 def head_rows(rollout: Rollout) -> Array:
     """int64 [C], how often the student's head runs for each chunk if it is chosen."""
     own_C = np.where(rollout.observed_C, rollout.chunks.s1 - rollout.chunks.s0, 1)
-    return own_C + (rollout.student_overhang_C > CARRY_FROM)
+    return own_C + (_has_before(rollout))
 
 
 def pack(
@@ -294,7 +309,7 @@ def _student_rows(rollout: Rollout, c: int) -> list[tuple[int, int]]:
     """Of a chunk: the places of its rows among the completion's tokens, and their kinds."""
     chunks, rows = rollout.chunks, []
     first = int(chunks.s0[c])
-    if rollout.student_overhang_C[c] > CARRY_FROM:
+    if _has_before(rollout)[c]:
         rows.append((first - 1, INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE))
     rows.append((first, FIRST))
     if rollout.observed_C[c]:
@@ -305,7 +320,7 @@ def _student_rows(rollout: Rollout, c: int) -> list[tuple[int, int]]:
 def _joined(carry: Sequence[tuple[int, Carried]], device: torch.device) -> Carry:
     counts = torch.tensor([len(one.event_K) for _, one in carry], dtype=torch.int64)
     chunk_K = torch.tensor([c for c, _ in carry], dtype=torch.int64).repeat_interleave(counts)
-    nothing = Carried(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    nothing = Carried(torch.zeros(0, dtype=torch.int64), torch.zeros(0), 0.0)
     parts = [one for _, one in carry] or [nothing]
     event_K = torch.cat([one.event_K for one in parts])
     mass_K = torch.cat([one.mass_K for one in parts]).float()

@@ -100,8 +100,10 @@ class Side:
         With an `event` only tokens of this event: where a token of it was taken at a shared
         boundary, all others were told apart from it there.
         """
+        low, high = _extensions(text, self.keys)
+        if low == high:
+            return self.sorted_U[:0], self.sorted_U[:0]
         if (text, event) not in self.known:
-            low, high = _extensions(text, self.keys)
             ids = self.sorted_U[low:high]
             if event is None:
                 rests = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
@@ -123,8 +125,8 @@ class Side:
         """
         rows = []
         for prob_V, i, inside in zip(prob_NV, ids_N.tolist(), inside_N.tolist(), strict=True):
-            event = None if inside else int(self.event_V[i])
-            ids, rests = self.longer(self.spelling[i], event)
+            text = self.spelling[i]
+            ids, rests = self.longer(text, None if inside else self.event_of(text))
             empty_X = prob_NV.new_zeros(self.n_events + 2)
             rows.append(empty_X.index_add(0, self.column(rests), prob_V[ids]))
         return torch.stack(rows)
@@ -148,14 +150,14 @@ class Events:
 
 
 class Measures(NamedTuple):
-    """What the events leave out, one number per position; each in 0 to 1.
+    """What the events leave out, one number per position.
 
-    `overhang_N`, `inside_N`: see `measure`. `shared_N`, `projected_N`, `other_N`: probability mass
-    in tokens that are events by themselves, in tokens that were sent to another event, and in no
-    event.
+    `stay_N`, `inside_N`: nats, ln(1 - overhang), see `measure`. `shared_N`, `projected_N`,
+    `other_N`: 0 to 1, probability mass in tokens that are events by themselves, in tokens that
+    were sent to another event, and in no event.
     """
 
-    overhang_N: Tensor
+    stay_N: Tensor
     inside_N: Tensor
     shared_N: Tensor
     projected_N: Tensor
@@ -208,8 +210,9 @@ def measure(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
 
     A boundary after token c says that no longer token was taken there. With m the mass that
     `Side.carry` would carry over c, `overhang = m / (m + p(c))` is the share of what is known of
-    the text after c that the prediction after c leaves out; `inside_N` is the same where c does
-    not start at a shared boundary. One range sum over the vocabulary sorted by bytes.
+    the text after c that the prediction after c leaves out. It is given as `ln(1 - overhang)`,
+    which keeps its digits for an improbable c; `inside_N` is the same where c does not start at a
+    shared boundary. One range sum over the vocabulary sorted by bytes.
 
     Args:
         logp_NV: log-probabilities in nats.
@@ -224,14 +227,14 @@ def measure(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
     merged_K = side.event_V[longer_K] == side.event_V[ids_N[row_K]]
     masses_K2 = torch.stack([mass_K * merged_K, mass_K], dim=1)
     longer_N2 = prob_NV.new_zeros(len(ids_N), 2).index_add(0, row_K, masses_K2)
-    taken_N1 = prob_NV.gather(1, ids_N[:, None])
-    overhang_N2 = longer_N2 / (longer_N2 + taken_N1).clamp(min=torch.finfo(prob_NV.dtype).tiny)
+    taken_N1 = logp_NV.gather(1, ids_N[:, None])
+    stay_N2 = -torch.nn.functional.softplus(longer_N2.log() - taken_N1)  # ln(p(c) / (p(c) + m))
     other_V = side.event_V == side.n_events
     kinds_V2 = torch.stack([side.shared_V, other_V], dim=1).to(prob_NV.dtype)
     shared_N, other_N = (prob_NV @ kinds_V2).unbind(1)
     projected_N = (1 - shared_N - other_N).clamp(min=0)
-    overhang_N, inside_N = overhang_N2.unbind(1)
-    return Measures(overhang_N, inside_N, shared_N, projected_N, other_N)
+    stay_N, inside_N = stay_N2.unbind(1)
+    return Measures(stay_N, inside_N, shared_N, projected_N, other_N)
 
 
 def _same_table(student: Vocabulary, teacher: Vocabulary) -> bool:

@@ -123,10 +123,7 @@ def collect(
     _warn_of_length(pair.teacher, answers)
     scores = score(
         pair.teacher.decoder,
-        [
-            Reading(a.teacher_prompt_ids, a.teacher_ids, [t for t in a.chunks.t0.tolist() if t])
-            for a in answers
-        ],
+        [a.reading for a in answers],
         end_ids=pair.teacher.eos_ids,
         side=events.teacher,
         micro_batch=config.micro_batch,

@@ -10,7 +10,7 @@ which there is no sampling to take log-probabilities from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,33 +20,41 @@ from torch import Tensor
 from minigold.events import Side, measure
 from minigold.sample import CausalLM, completion_states, pad
 
-__all__ = ["Carried", "Reading", "Score", "score"]
+__all__ = ["CARRY_FROM", "Carried", "Reading", "Score", "score"]
 
-
-CARRY_FROM = 1e-3  # carried mass under this share of what is known is left out
+CARRY_FROM = 1e-3  # an overhang under this is left out
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model reads: its prompt, a completion, and the token before which each chunk starts."""
+    """What a model reads: its prompt and a completion.
+
+    Args:
+        starts: the token before which each chunk starts, 0 left out.
+        opaque: tokens of unscorable chunks; nothing is carried over them or out of them, since
+            their own spellings are not the text.
+    """
 
     prompt_ids: Sequence[int]
     ids: Sequence[int]
     starts: Sequence[int] = ()
+    opaque: Collection[int] = ()
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What longer tokens, over a chunk's start, say of the text that follows.
+    """What longer tokens, over a chunk's start, say of the text that follows. On the CPU.
 
     Args:
         event_K: int64, the event of what such a token adds.
         mass_K: float64, its share of all that is known of the text there; their sum is the
             overhang, and the rest is the prediction after the token that was taken.
+        stay: nats, ln(1 - overhang).
     """
 
     event_K: Tensor
     mass_K: Tensor
+    stay: float
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Score:
             follows the completion.
         logp_T: float32 on the CPU, nats, of each token.
         end_logp: nats, of any of `end_ids` after the completion.
-        measures_T5: `events.measure` of each token: overhang, inside, shared, projected, other.
+        measures_T5: `events.measure` of each token.
         carried: for chunk starts (token index) where there is some.
     """
 
@@ -142,19 +150,36 @@ def _covers(reading: Reading, logp: Sequence[float], side: Side) -> list[_Cover]
     shared, found = {0, *reading.starts}, []
     for start in reading.starts:
         text, log_path = b"", 0.0
+        told: list[tuple[int, int]] = []  # shared boundaries: bytes to the start, the event taken
         for at in range(start - 1, -1, -1):
-            taken = reading.ids[at]
-            text = side.spelling[taken] + text
-            if not side.spelling[taken] or len(text) >= side.longest:
+            spelled = side.spelling[reading.ids[at]]
+            text = spelled + text
+            if at in reading.opaque or not spelled or len(text) >= side.longest:
                 break
             log_path += logp[at]
+            event = side.event_of(spelled) if at in shared else None
             most = math.log1p(-min(math.exp(logp[at]), 1 - 1e-15)) - log_path
             if most > math.log(CARRY_FROM):
-                event = int(side.event_V[taken]) if at in shared else None
-                ids, rests = side.longer(text, event)
+                ids, rests = _told_apart(side, text, event, told)
                 if len(ids):
                     found.append(_Cover(start, at, ids, rests, math.exp(min(-log_path, 600.0))))
+            if event is not None:
+                told.append((len(text), event))
     return found
+
+
+def _told_apart(
+    side: Side, text: bytes, event: int | None, told: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """The longer tokens that took the same event as the text at every shared boundary so far."""
+    ids, rests = side.longer(text, event)
+    if not (told and len(ids)):
+        return ids, rests
+    same = [
+        all(side.event_of(side.spelling[i][len(text) - n :]) == one for n, one in told)
+        for i in ids.tolist()
+    ]
+    return ids[same], rests[same]
 
 
 def _carried(
@@ -163,30 +188,36 @@ def _carried(
     """The longer tokens over each chunk's start, from every token before it that they begin at.
 
     Source: 2410.09303, the next bytes from the tokens that cover them. Differs: tokens that were
-    another event at the shared boundary where they begin are left out, as the comparison there has
-    told them apart already; events take the place of bytes.
+    another event at a shared boundary are left out, as the comparison there has told them apart
+    already; events take the place of bytes.
     """
     masses: dict[int, list[tuple[Tensor, Tensor]]] = {}
     places = sorted({cover.at for cover in covers})
     for i in range(0, len(places), block):
-        some = places[i : i + block]
-        row = {at: n for n, at in enumerate(some)}
-        prob_NV = model.head.logits(hidden_MD[some]).softmax(-1)
-        for cover in covers:
-            if cover.at in row:
-                mass = prob_NV[row[cover.at], cover.ids].double() * cover.weight
-                masses.setdefault(cover.start, []).append((cover.rests, mass))
+        row = {at: n for n, at in enumerate(places[i : i + block])}
+        some = [cover for cover in covers if cover.at in row]
+        prob_NV = model.head.logits(hidden_MD[places[i : i + block]]).softmax(-1)
+        sizes = [len(cover.ids) for cover in some]
+        rows = torch.tensor([row[cover.at] for cover in some]).repeat_interleave(
+            torch.tensor(sizes)
+        )
+        ids = torch.cat([cover.ids for cover in some])
+        mass = prob_NV[rows.to(ids.device), ids].cpu().double().split(sizes)
+        rests = torch.cat([cover.rests for cover in some]).cpu().split(sizes)
+        for cover, event_K, mass_K in zip(some, rests, mass, strict=True):
+            masses.setdefault(cover.start, []).append((event_K, mass_K * cover.weight))
     summed = {start: _summed(parts) for start, parts in masses.items()}
     return {start: one for start, one in summed.items() if len(one.event_K)}
 
 
 def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> Carried:
     """Masses beside 1, the prediction after the taken token, as shares of the sum."""
-    events = torch.cat([event for event, _ in parts])
-    raw = torch.cat([mass for _, mass in parts])
-    counts = raw > 0.01 * CARRY_FROM * (1 + raw.sum())
-    event_K, place = events[counts].unique(return_inverse=True)
-    mass_K = raw.new_zeros(len(event_K)).index_add(0, place, raw[counts])
-    share_K = mass_K / (1 + mass_K.sum())
-    enough = slice(None) if share_K.sum() > CARRY_FROM else slice(0)
-    return Carried(event_K[enough], share_K[enough])
+    events, place = torch.cat([event for event, _ in parts]).unique(return_inverse=True)
+    mass = torch.cat([mass for _, mass in parts])
+    by_event = mass.new_zeros(len(events)).index_add(0, place, mass)
+    by_event = by_event * (by_event > 0.01 * CARRY_FROM * (1 + by_event.sum()))
+    if by_event.sum() <= CARRY_FROM:
+        by_event = by_event * 0
+    kept = by_event > 0
+    known = 1 + by_event.sum()
+    return Carried(events[kept], by_event[kept] / known, -math.log(known))

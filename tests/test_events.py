@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which events two vocabularies share, and what becomes of the rest."""
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -97,9 +98,9 @@ def test_overhang_of_the_worked_example() -> None:
     events = match(student, teacher)
     logp_NW = torch.tensor([[0.9, 0.1, 1e-30, 1e-30]]).log()
     theirs = measure(logp_NW, torch.tensor([1]), events.teacher)
-    assert theirs.overhang_N.item() == pytest.approx(0.9)
+    assert -theirs.stay_N.expm1().item() == pytest.approx(0.9)
     logp_NV = torch.tensor([[1.0, 1e-30, 1e-30, 1e-30]]).log()
-    assert measure(logp_NV, torch.tensor([0]), events.student).overhang_N.item() == 0.0
+    assert measure(logp_NV, torch.tensor([0]), events.student).stay_N.item() == 0.0
 
 
 def test_tokens_that_were_another_event_are_no_overhang() -> None:
@@ -108,8 +109,8 @@ def test_tokens_that_were_another_event_are_no_overhang() -> None:
     events = match(student, teacher)
     prob_NW = torch.tensor([[0.1, 0.5, 0.3, 0.1, 0.0]])
     measured = measure(prob_NW.log(), torch.tensor([0]), events.teacher)
-    assert measured.overhang_N.item() == pytest.approx(0.3 / 0.4)
-    assert measured.inside_N.item() == pytest.approx(0.8 / 0.9)
+    assert measured.stay_N.item() == pytest.approx(math.log(0.1 / 0.4))
+    assert measured.inside_N.item() == pytest.approx(math.log(0.1 / 0.9))
     lo = events.event_bytes.index(b"lo")
     for inside, mass in ((False, 0.3), (True, 0.8)):
         carried_NX = events.teacher.carry(prob_NW, torch.tensor([0]), torch.tensor([inside]))
@@ -150,8 +151,8 @@ def check_side(vocabulary: Vocabulary, side: Side, names: Sequence[bytes], seed:
             row[event + (event == side.n_events)] = mass
         torch.testing.assert_close(carried_NX[n], torch.tensor(row, dtype=torch.float64))
         mass, taken = sum(masses.values()), prob_NV[n, i].item()
-        got = (measured.inside_N if inside else measured.overhang_N)[n].item()
-        assert got == pytest.approx(mass / (mass + taken), abs=1e-12)
+        got = (measured.inside_N if inside else measured.stay_N)[n].item()
+        assert got == pytest.approx(math.log(taken / (mass + taken)), abs=1e-12)
         own = prob_NV[n][side.shared_V].sum().item()
         assert measured.shared_N[n].item() == pytest.approx(own)
         total = measured.shared_N[n] + measured.projected_N[n] + measured.other_N[n]

@@ -69,8 +69,8 @@ def rollout(
         student_logp_C=student_logp_C,
         teacher_logp_C=teacher_logp_C,
         scorable_C=flaw == EXACT,
-        student_overhang_C=ours_C,
-        teacher_overhang_C=theirs_C,
+        student_stay_C=np.log1p(-ours_C),
+        teacher_stay_C=np.log1p(-theirs_C),
         student_measures_S5=measures(s, shared, other),
         teacher_measures_T5=measures(t, shared - 0.1, other / 2),
     )  # fmt: skip
@@ -193,8 +193,8 @@ def test_null_stands_where_nothing_was_there_to_measure() -> None:
         answer=dataclasses.replace(CLIPPED.answer, chunks=Chunks(*[none.astype(int)] * 7)),
         student_logp_C=none,
         teacher_logp_C=none,
-        student_overhang_C=none,
-        teacher_overhang_C=none,
+        student_stay_C=none,
+        teacher_stay_C=none,
         scorable_C=none.astype(bool),
     )
     got = metrics_of([silent], [np.zeros(0, dtype=bool)])

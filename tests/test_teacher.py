@@ -80,6 +80,36 @@ def test_tokens_that_were_another_event_where_they_begin_have_no_say() -> None:
     assert read(torch.stack([row, row]), events, [0], [1]).carried == {}
 
 
+def test_a_token_that_was_told_apart_on_the_way_has_no_further_say() -> None:
+    """After six, sixty-four says `ty-`; the text took `ty`, another event."""
+    student, teacher = words("six", "ty", "ty-", "x"), words("six", "ty", "ty-", "sixty-four", "x")
+    events = match(student, teacher)
+    row = torch.tensor([0.1, 0.0, 0.0, 0.9, 0.0, 0.0])
+    after = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    last = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    result = read(torch.stack([row, after, last]), events, [0, 1], [1, 2])
+    assert carried_at(result, events, 1) == {b"ty-": pytest.approx(0.9)}
+    assert 2 not in result.carried
+
+
+def test_nothing_is_carried_over_or_out_of_an_unscorable_chunk() -> None:
+    events = match(words("six", "ty", "-"), words("six", "ty", "-", "sixty-"))
+    row = torch.tensor([0.1, 0.0, 0.0, 0.9, 0.0])
+    after = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
+    model = TableModel(torch.stack([row, after, after]))
+    for opaque, starts in (((), {1, 2}), ((1,), {1}), ((0,), set())):
+        reading = Reading(PROMPT, [0, 1], [1, 2], opaque)
+        result = score(model, [reading], end_ids=[4], side=events.teacher)[0]
+        assert set(result.carried) == starts
+
+
+def test_shares_keep_their_digits_for_an_improbable_token() -> None:
+    events = match(words("six", "ty"), words("six", "ty", "sixty"))
+    row = torch.tensor([1e-20, 0.0, 1.0, 0.0]).double()
+    carried = read(torch.stack([row, row]), events, [0], [1]).carried[1]
+    assert carried.stay == pytest.approx(math.log(1e-20))
+
+
 def test_inside_a_chunk_all_longer_tokens_count() -> None:
     """The chunk starts at 0 and 2; token 1 begins where the student has no boundary."""
     student = words("hello", "lo", "low", "w", "hel")
@@ -102,16 +132,27 @@ TEXTS = st.lists(
 def slow_carried(
     prob: list[list[float]], side: SlowSide, ids: Sequence[int], starts: Sequence[int]
 ) -> dict[int, dict[int, float]]:
-    """Every token from every earlier position, weighed by the path that it leaves out."""
+    """Every token from every earlier position, weighed by the path that it leaves out.
+
+    It has to have gone along with the event that was taken at every shared boundary on the way.
+    """
     found = {}
     for start in starts:
         masses: dict[int, float] = {}
         for at in range(start):
             between = b"".join(side.texts[i] for i in ids[at:start])
             path = math.prod(prob[n][ids[n]] for n in range(at, start))
-            event = side.events[ids[at]] if at in (0, *starts) else None
-            for rest, mass in side.carry(prob[at], between, event).items():
-                masses[rest] = masses.get(rest, 0.0) + mass / path
+            for text, p in zip(side.texts, prob[at], strict=True):
+                if not (text.startswith(between) and len(text) > len(between)):
+                    continue
+                on_the_way = [
+                    (len(b"".join(side.texts[i] for i in ids[at:k])), ids[k])
+                    for k in range(at, start)
+                    if k in (0, *starts)
+                ]
+                if all(side.event_of(text[n:]) == side.events[i] for n, i in on_the_way):
+                    rest = side.event_of(text[len(between) :])
+                    masses[rest] = masses.get(rest, 0.0) + p / path
         known = 1 + sum(masses.values())
         found[start] = {event: mass / known for event, mass in masses.items()}
     return found

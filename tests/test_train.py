@@ -110,12 +110,11 @@ def test_chunks_cover_all_tokens_and_add_their_logps_up() -> None:
         ours = token_logps(pair.student, a.prompt_ids, a.ids)
         theirs = [*r.score.logp_T.tolist(), r.score.end_logp]
         for k in np.flatnonzero(r.scorable_C):
-            for logps, logp_C, over_C, first, stop in (
-                (ours, r.student_logp_C, r.student_overhang_C, c.s0[k], c.s1[k]),
-                (theirs, r.teacher_logp_C, r.teacher_overhang_C, c.t0[k], c.t1[k]),
+            for logps, logp_C, stay_C, first, stop in (
+                (ours, r.student_logp_C, r.student_stay_C, c.s0[k], c.s1[k]),
+                (theirs, r.teacher_logp_C, r.teacher_stay_C, c.t0[k], c.t1[k]),
             ):
-                after = over_C[k + 1] if k + 1 < len(over_C) else 0.0
-                ends = math.log1p(-over_C[k]) - math.log1p(-after)
+                ends = stay_C[k] - (stay_C[k + 1] if k + 1 < len(stay_C) else 0.0)
                 assert logp_C[k] == pytest.approx(sum(logps[first:stop]) + ends, abs=1e-3)
         assert np.isnan(r.teacher_logp_C[~r.scorable_C]).all()
 
@@ -193,7 +192,7 @@ def dense_gradient(pair: Pair, rollouts: list[Rollout], chosen: list[Any], beta:
         for k in np.flatnonzero(mask).tolist():
             first, last = int(c.s0[k]), int(c.s1[k]) if r.observed_C[k] else int(c.s0[k]) + 1
             kinds = [FIRST] + [REST] * (last - first - 1)
-            if r.student_overhang_C[k] > 0.01:
+            if -math.expm1(r.student_stay_C[k]) > 0.001:
                 kinds.insert(0, BEFORE if c.s1[k - 1] - c.s0[k - 1] == 1 else INSIDE)
                 first -= 1
             carried = r.score.carried.get(int(c.t0[k]))
@@ -375,7 +374,7 @@ def test_the_student_overhang_is_that_of_the_token_before_the_chunk() -> None:
         for k in range(1, len(r.chunks.s0)):
             inside = int(r.chunks.s1[k - 1] - r.chunks.s0[k - 1] > 1)
             ours = r.student_measures_S5[r.chunks.s0[k] - 1, inside]
-            assert r.student_overhang_C[k] == pytest.approx(ours)
+            assert r.student_stay_C[k] == pytest.approx(0 if r.chunks.flaw[k - 1] else ours)
 
 
 def test_the_row_before_a_chunk_says_where_its_token_began() -> None:
