@@ -37,7 +37,7 @@ DEMO = Config(
     batch_size=64,
     micro_batch=64,
     max_new_tokens=24,
-    lr=3e-3,
+    lr=2e-3,
     warmup=10,
     student_plain=True,
 )
