@@ -24,8 +24,8 @@ examples:  ## two real models, both ways: 350 MB once, minutes (new folders unde
 	$(PYTHON) examples/real_pair.py --out runs/smollm2-to-gemma
 	$(PYTHON) examples/real_pair.py --out runs/gemma-to-smollm2 --swap
 
-bench:     ## timings on this machine
-	$(PYTHON) tests/benchmarks.py
+bench:     ## what a step of the two real models costs on this machine: minutes
+	OMP_WAIT_POLICY=PASSIVE $(PYTHON) tests/benchmarks/bench_step.py
 
 size:      ## code lines of each module, without blank lines and comments
 	@for f in minigold/*.py; do printf '%5d %s\n' "$$(grep -cvE '^\s*(#.*)?$$' $$f)" "$$f"; done | sort -n

@@ -400,7 +400,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             *("--teacher", str(teacher), "--student", str(student)),
             *("--prompts", str(PROMPTS), "--out", str(args.out)),
             *("--steps", str(args.steps), "--batch-size", "8", "--max-new-tokens", "48"),
-            *("--lr", "3e-5", "--teacher-plain" if args.swap else "--student-plain"),
+            *("--lr", "1e-4", "--warmup", "2"),  # ten steps are few
+            "--teacher-plain" if args.swap else "--student-plain",
         ]
     )
     if code:

@@ -165,7 +165,6 @@ def test_one_training_step_of_the_pair(teacher: str, student: str) -> None:
     model, steps = mg.load(real_folder(student)), list[Step]()
     before = [p.detach().clone() for p in model.decoder.parameters()]
     (metrics,) = mg.distill(model, own(teacher), prompts, config, on_step=steps.append)
-    print(metrics)
     assert np.isfinite([v for k, v in metrics.items() if k != "unscorable"]).all()
     pairs = zip(before, model.decoder.parameters(), strict=True)
     assert not any(torch.equal(old, new) for old, new in pairs)

@@ -58,7 +58,7 @@ def peak_mib(run: Callable[[], object]) -> float:
 
 
 def of_steps(pair: Pair, config: mg.Config) -> tuple[Figures, list[Rollout]]:
-    """Medians over the steps, the first left out; the last step's rollouts."""
+    """Medians over the steps, the first left out; the rollouts of the last two."""
     prompts, n = mg.data.read_prompts(PROMPTS), config.batch_size
     optimizer = torch.optim.AdamW(pair.student.decoder.parameters(), lr=1e-6)
     steps = [
@@ -67,7 +67,8 @@ def of_steps(pair: Pair, config: mg.Config) -> tuple[Figures, list[Rollout]]:
     ]
     keys = ("completion_tokens", "seconds", "seconds_sample", "seconds_teacher", "seconds_train")
     pair.student.decoder.zero_grad(set_to_none=True)
-    return {f"step {k}": median(s.metrics[k] for s in steps[1:]) for k in keys}, steps[-1].rollouts
+    figures = {f"step {key}": median(step.metrics[key] for step in steps[1:]) for key in keys}
+    return figures, steps[-2].rollouts + steps[-1].rollouts
 
 
 def of_alignment(pair: Pair, rollouts: list[Rollout]) -> Figures:
@@ -102,7 +103,7 @@ def of_sampling(model: LanguageModel, new: int, turns: int) -> Figures:
 
 
 def of_loss(pair: Pair, rollouts: list[Rollout], turns: int) -> Figures:
-    """Value and gradient of all chunks of a step, in blocks and with all logits held."""
+    """Value and gradient of all chunks, in blocks and with all logits held."""
     student, teacher = pair.student.decoder, pair.teacher.decoder
     masks, states, values = [np.ones(len(r.chunks.s0), dtype=bool) for r in rollouts], [], []
     for r, mask in zip(rollouts, masks, strict=True):
@@ -141,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times a step of the real pair.")
     parser.add_argument("--swap", action="store_true", help="Gemma teaches SmolLM2")
     parser.add_argument("--turns", type=int, default=3, help="of each alternative")
-    parser.add_argument("--new", type=int, default=32, help="tokens sampled a row")
+    parser.add_argument("--new", type=int, default=24, help="tokens sampled a row")
     args = parser.parse_args()
     sys.path.insert(0, str(TESTS))
     from real_models import real_folder
@@ -159,7 +160,7 @@ def main() -> None:
     figures |= found | of_alignment(pair, rollouts)
     seconds = figures["align us/token"] * figures["step completion_tokens"] / 1e6
     figures["align share of step"] = seconds / figures["step seconds"]
-    figures |= of_loss(pair, rollouts, args.turns)
+    figures |= of_loss(pair, rollouts, args.turns - 1)
     cpu = Path("/proc/cpuinfo").read_text("utf-8").partition("model name\t: ")[2].split("\n")[0]
     packages = ("minigold", "torch", "transformers", "tokenizers")
     print("\n".join(f"{name:45} {value:12.4g}" for name, value in figures.items()))
