@@ -245,7 +245,8 @@ class Decoder(nn.Module):
     @property
     def head(self) -> Head:
         owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return Head(owner.weight[: self.n_tokens], self.config.softcap)
+        padded = self.n_tokens < len(owner.weight)  # a slice costs a copy in the backward pass
+        return Head(owner.weight[: self.n_tokens] if padded else owner.weight, self.config.softcap)
 
     @property
     def device(self) -> torch.device:
