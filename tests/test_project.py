@@ -34,7 +34,12 @@ def files(*suffixes: str) -> Iterator[Path]:
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
         foreign = SKIPPED.intersection(parts) or any(p.endswith(".egg-info") for p in parts)
-        if path.is_file() and not foreign and (not suffixes or path.suffix in suffixes):
+        if (
+            path.is_file()
+            and path.name != ".coverage"
+            and not foreign
+            and (not suffixes or path.suffix in suffixes)
+        ):
             yield path
 
 
