@@ -166,7 +166,7 @@ def take_step(
             )
         optimizer.step()
     else:
-        log.warning("step %d: the teacher accepts every chunk; no optimizer step is taken", number)
+        log.warning("step %d: no chunk was chosen; no optimizer step is taken", number)
     clock.append(time.perf_counter())
     accepted = [a.numpy() for a in kept]
     numbers = measured.step_metrics(
@@ -278,7 +278,7 @@ def _check_length(
     if n > most:
         raise ValueError(
             f"expected at most {most} tokens (the context of {model.context} less "
-            f"--max-new-tokens), got {n}; shorten the prompt"
+            f"--max-new-tokens), got {n}; shorten the prompt or lower --max-new-tokens"
         )
     if completion is not None and config.lmbda < 1:
         size = n + len(encode_continuation(model.tokenizer, completion)[0]) + 1
