@@ -142,7 +142,12 @@ def _train(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from minigold.demo import run_demo  # loads its data, so only when asked for
 
-    print(json.dumps(run_demo(out=args.out, seed=args.seed)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on models this small a second one waits, or spins beside other work
+    try:
+        print(json.dumps(run_demo(out=args.out, seed=args.seed)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def step_line(metrics: dict[str, Any], steps: int) -> str:
