@@ -11,8 +11,10 @@ Read the files in the order of the data; each imports only from files above it:
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
-    config, data, chat, weights, load, batch, rollout, metrics    the edges of the loop
+    config, data, chat, weights, load, pair, batch, rollout, metrics    the edges of the loop
     train       everything -> steps, metrics, a trained student
+    compare     two tokenizers and a text -> how their tokens line up
+    picture, page    the same, drawn for a terminal and for a browser
     demo, cli   the demo and the command line
 
 Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
@@ -52,7 +54,8 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "model", "sample", "teacher", "disagree", "loss", "config",
-    "data", "chat", "weights", "load", "batch", "rollout", "metrics", "train", "demo_task", "demo", "cli",
+    "data", "chat", "weights", "load", "pair", "batch", "rollout", "metrics", "train",
+    "compare", "picture", "page", "demo_task", "demo", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

@@ -25,7 +25,8 @@ from minigold.demo_task import held_out, prompts
 from minigold.disagree import acceptance
 from minigold.load import LanguageModel, load
 from minigold.offsets import text_of_ids
-from minigold.rollout import Pair, collect, make_pair, sample_answers
+from minigold.pair import Pair, make_pair
+from minigold.rollout import collect, sample_answers
 from minigold.sample import sample
 from minigold.train import Step, distill
 

@@ -278,8 +278,8 @@ def _side(
             pairs.append((spelling[i], i))
     pairs = sorted(pair for pair in pairs if pair[0])
     keys = [text for text, _ in pairs]
-    ranges = [_extensions(text, keys) for text in spelling]
-    low_high_V2 = torch.tensor(ranges, dtype=torch.int64)
+    ranges = _ranges(keys)
+    low_high_V2 = torch.tensor([ranges.get(text, (0, 0)) for text in spelling], dtype=torch.int64)
     return Side(
         n_events=n_events,
         identity=identity,
@@ -293,6 +293,21 @@ def _side(
         longest=max(map(len, keys), default=0),
         keys=keys,
     )
+
+
+def _ranges(keys: list[bytes]) -> dict[bytes, tuple[int, int]]:
+    """Of each of the sorted keys, `_extensions`: all at once, by the keys that are still open."""
+    ranges: dict[bytes, tuple[int, int]] = {}
+    opened: list[bytes] = []
+    for at, key in enumerate([*keys, b""]):
+        while opened and not key.startswith(opened[-1]):
+            ranges[opened[-1]] = ranges[opened[-1]][0], at
+            opened.pop()
+        if not opened or opened[-1] != key:
+            opened.append(key)
+        ranges[key] = at + 1, at + 1
+    ranges[b""] = 0, 0  # it closed the last ones, and is no spelling
+    return ranges
 
 
 def _extensions(text: bytes, keys: list[bytes]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ flaw code; or a whole `Vocabulary` as plain data. What it does not do: chat temp
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -53,6 +53,7 @@ FLAWS = (
 
 _SPACE = 0x20
 _BATCH = 16384  # strings encoded at a time: bounds the memory of their encodings
+_WINDOW = 512  # bytes decoded at a time: an error holds a copy of all that it was given
 _SUPPORTED = ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
 _SPLITS_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 
@@ -74,20 +75,15 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class _Table:
-    """A tokenizer prepared for looking ids up: bytes, roles, byte lengths, flaw codes by id."""
+    """A tokenizer prepared once: what each id stands for, and a copy that encodes continuations."""
 
     token_bytes: tuple[bytes, ...]
     roles: tuple[str, ...]
     lengths: Int64
     flaws: Int64
+    unknown_decoder: str  # the step that leaves the bytes of an id in running text open, or ""
     implied_space: bool  # WordPiece: a word's leading space is implied, not read from the text
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """A copy of a tokenizer that encodes continuations."""
-
-    tokenizer: Tokenizer
+    encoder: Tokenizer
     lossy: bool  # pieces without a token vanish, and offsets after one are off inside its word
     missing: NDArray[np.bool_]  # [256], bytes that have no token
 
@@ -101,15 +97,17 @@ def vocabulary(
 ) -> Vocabulary:
     """The bytes and the role of every id, and this tokenizer's first piece of other strings.
 
+    With a decoder that is not supported, an id's bytes are what it decodes to when it stands alone.
+
     Args:
-        tokenizer: any of the supported families.
+        tokenizer: of any family.
         end_ids: ids that end a turn; they get the role "end" and stand for no text.
         size: number of ids (rows of the model); default: those of the tokenizer. Larger: the rest
             has the role "none".
         pieces_for: the byte strings to look up with `first_pieces`.
 
     Raises:
-        ValueError: an end id outside `0 .. size - 1`, a size below 1, an unsupported decoder.
+        ValueError: an end id outside `0 .. size - 1`, a size below 1.
     """
     table = _table(tokenizer)
     size = len(table.roles) if size is None else size
@@ -144,7 +142,7 @@ def first_pieces(tokenizer: Tokenizer, strings: Iterable[bytes]) -> dict[bytes, 
     keys = list(texts)
     for at in range(0, len(keys), _BATCH):
         batch = keys[at : at + _BATCH]
-        encodings = _encoder_of(tokenizer).tokenizer.encode_batch(
+        encodings = table.encoder.encode_batch(
             [texts[key] for key in batch], add_special_tokens=False
         )
         for key, encoding in zip(batch, encodings, strict=True):
@@ -155,7 +153,11 @@ def first_pieces(tokenizer: Tokenizer, strings: Iterable[bytes]) -> dict[bytes, 
 
 
 def text_of_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text that ids stand for, mid-text: no BOS, no special tokens, bad UTF-8 as U+FFFD."""
+    """The text that ids stand for, mid-text: no BOS, no special tokens, bad UTF-8 as U+FFFD.
+
+    Raises:
+        ValueError: as `spans_of_ids`.
+    """
     table = _table(tokenizer)
     return _joined(table, _checked_ids(table, ids)).decode("utf-8", errors="replace")
 
@@ -168,7 +170,8 @@ def spans_of_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> Int64:
     Special and unknown tokens are zero-width.
 
     Raises:
-        ValueError: ids that are no whole numbers or that the tokenizer does not have.
+        ValueError: ids that are no whole numbers or that the tokenizer does not have; a tokenizer
+            whose decoder is not supported, so that the bytes of its ids are not known.
     """
     table = _table(tokenizer)
     ids_S = _checked_ids(table, ids)
@@ -191,21 +194,22 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[list[int], Int
     gap between spans; a token that reaches over one is LOST.
 
     Raises:
-        ValueError: a tokenizer of an unsupported kind, or a text with lone surrogates.
+        ValueError: a text with lone surrogates, or a tokenizer that cannot encode a continuation.
     """
-    table, encoder = _table(tokenizer), _encoder_of(tokenizer)
-    data = _utf8(text)
-    encoding = encoder.tokenizer.encode(text, add_special_tokens=False)
+    table, data = _table(tokenizer), _utf8(text)
+    encoding = table.encoder.encode(text, add_special_tokens=False)
     ids_T = np.asarray(encoding.ids, dtype=np.int64)
     pieces = [table.token_bytes[i] for i in encoding.ids]
     flaws = table.flaws[ids_T]
-    spans = None if flaws.any() else _fit(pieces, data, 0, len(data), encoder.missing)
+    spans = None if flaws.any() else _fit(pieces, data, 0, len(data), table.missing)
     if spans is None:
         spans = np.zeros((len(ids_T), 3), dtype=np.int64)
         reached = 0
-        for i, j, first, end in _groups(encoding, text, len(data), encoder.lossy):
+        for i, j, first, *ends in _groups(encoding, text, len(data), table.lossy):
             start, own = _read_space(table, pieces[i:j], data, first, reached)
-            fit = None if flaws[i:j].any() else _fit(own, data, start, end, encoder.missing)
+            tries = [] if flaws[i:j].any() else ends
+            fits = (_fit(own, data, start, end, table.missing) for end in tries)
+            fit, end = next((fit for fit in fits if fit is not None), None), ends[-1]
             if fit is None:
                 flaw = np.where(flaws[i:j] == EXACT, CHANGED, flaws[i:j])
                 fit = np.stack((np.full(j - i, start), np.full(j - i, end), flaw), axis=1)
@@ -222,6 +226,12 @@ def spans_of_text(tokenizer: Tokenizer, text: str) -> Int64:
 
 
 def _checked_ids(table: _Table, ids: Sequence[int]) -> Int64:
+    if table.unknown_decoder:
+        raise ValueError(
+            f"decoder: expected one made of {', '.join(_SUPPORTED)} (Replace of a string, Strip of "
+            f"one leading space), got {table.unknown_decoder}; what a sampled id stands for is not "
+            "known, so this tokenizer can read text (a teacher) but not write it (a student)"
+        )
     given = np.asarray(ids)
     if given.size == 0:
         return np.zeros(0, dtype=np.int64)
@@ -244,12 +254,16 @@ def _joined(table: _Table, ids: Int64) -> bytes:
 
 def _replaced(data: bytes) -> Int64:
     """Byte ranges `[n, 2]` of data that `decode(errors="replace")` turns into one U+FFFD each."""
-    ranges, view, at = [], memoryview(data), 0
+    ranges, at = [], 0
     while at < len(data):
+        window = data[at : at + _WINDOW]
         try:
-            str(view[at:], "utf-8")
-            break
+            window.decode("utf-8")
+            at += len(window)
         except UnicodeDecodeError as error:
+            if error.start > 0 and error.end == len(window) == _WINDOW:  # perhaps cut by the window
+                at += error.start
+                continue
             ranges.append((at + error.start, at + error.end))
             at += error.end
     return np.array(ranges, dtype=np.int64).reshape(-1, 2)
@@ -307,11 +321,12 @@ def _fit(
 
 def _groups(
     encoding: Encoding, text: str, size: int, lossy: bool
-) -> list[tuple[int, int, int, int]]:
-    """Token ranges that do not overlap in the text, each with its byte range: (i, j, start, end).
+) -> list[tuple[int, ...]]:
+    """Token ranges that do not overlap in the text, with their bytes: (i, j, start, end, ...).
 
-    A lossy tokenizer's offsets are trusted only where a word starts. Otherwise marks that a
-    normalizer drew into the letter before them, whose range leaves them out, are put back.
+    Marks that a normalizer drew into the letter before them, whose range leaves them out, are put
+    back. A lossy tokenizer's offsets are trusted only where a word starts: a word may end where
+    they say, or as late as where the next one starts.
     """
     if not encoding.ids:
         return []
@@ -325,12 +340,12 @@ def _groups(
     first = np.concatenate(([0], cut))
     group_start = np.minimum.reduceat(starts, first)
     limit = np.append(group_start[1:], len(text))
-    group_end = limit if lossy else _with_marks(text, np.maximum.reduceat(ends, first), limit)
+    group_end = np.maximum.reduceat(ends, first)
+    group_ends = [group_end, limit] if lossy else [_with_marks(text, group_end, limit)]
     at = _bytes_before(text)
-    until = np.append(cut, len(starts)).tolist()
-    columns = (first.tolist(), until, at[group_start].tolist(), at[group_end].tolist())
     assert at[-1] == size
-    return list(zip(*columns, strict=True))
+    columns = [first, np.append(cut, len(starts)), at[group_start], *(at[end] for end in group_ends)]
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def _with_marks(text: str, ends: Int64, limits: Int64) -> Int64:
@@ -378,33 +393,46 @@ def _table(tokenizer: Tokenizer) -> _Table:
     table = _table_of(tokenizer)
     if tokenizer.id_to_token(len(table.roles)) is not None:  # tokens were added since
         _table_of.cache_clear()
-        _encoder_of.cache_clear()
         table = _table_of(tokenizer)
     return table
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _table_of(tokenizer: Tokenizer) -> _Table:
-    """The table of a tokenizer, made once."""
+    """The table of a tokenizer, made once: later changes other than added tokens are not seen."""
     config = json.loads(tokenizer.to_str())
-    spell, steps = _speller(config["decoder"])
-    added = {token["id"]: token for token in config["added_tokens"]}
-    unknown = _unknown_id(tokenizer, config["model"])
-    n_ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    token_bytes, roles = [], []
-    for i in range(n_ids):
-        piece, extra = tokenizer.id_to_token(i), added.get(i)
-        special = extra is not None and extra["special"]
-        role = "unknown" if i == unknown else "special" if special else "text"
-        role = "none" if piece is None else role
-        roles.append(role)
-        literal = extra is not None and "ByteLevel" in steps
-        text = piece.encode("utf-8") if literal and piece else spell(piece or "")
-        token_bytes.append(text if role == "text" else b"")
+    model, added = config["model"], {token["id"]: token for token in config["added_tokens"]}
+    steps, unknown_decoder = _decoder_steps(config["decoder"])
+    kinds = [step["type"] for step in steps]
+    pieces = {i: piece for piece, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    n_ids = max(pieces, default=-1) + 1
+    roles = ["none" if i not in pieces else "text" for i in range(n_ids)]
+    for i, token in added.items():
+        pieces[i] = token["content"]
+        roles[i] = "special" if token["special"] else "text"
+    unknown = _unknown_id(tokenizer, model)
+    if unknown is not None:
+        roles[unknown] = "unknown"
+    if unknown_decoder:
+        alone = tokenizer.decode_batch([[i] for i in range(n_ids)], skip_special_tokens=False)
+        token_bytes = [text.encode("utf-8") for text in alone]
+    else:
+        literal = added if "ByteLevel" in kinds else {}  # not written in the byte-level alphabet
+        token_bytes = [
+            pieces[i].encode("utf-8") if i in literal else _spell(pieces.get(i, ""), steps)
+            for i in range(n_ids)
+        ]
+    token_bytes = [
+        text if role == "text" else b"" for text, role in zip(token_bytes, roles, strict=True)
+    ]
     lengths = np.fromiter(map(len, token_bytes), np.int64, n_ids)
     codes = {"text": EXACT, "special": SPECIAL, "unknown": UNKNOWN, "none": UNKNOWN}
     flaws = np.fromiter((codes[role] for role in roles), np.int64, n_ids)
-    return _Table(tuple(token_bytes), tuple(roles), lengths, flaws, "WordPiece" in steps)
+    lossy, missing = _without_token(model, byte_level="ByteLevel" in kinds)
+    return _Table(
+        tuple(token_bytes), tuple(roles), lengths, flaws, unknown_decoder, "WordPiece" in kinds,
+        _encoder(config), lossy, missing,
+    )  # fmt: skip
 
 
 def _unknown_id(tokenizer: Tokenizer, model: dict[str, Any]) -> int | None:
@@ -422,55 +450,44 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_TO_LATIN_1 = str.maketrans({char: chr(byte) for char, byte in _BYTE_OF.items()})
+_BYTE_LEVEL = re.compile(f"[{re.escape(''.join(_BYTE_OF))}]*")
 
 
-def _speller(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], tuple[str, ...]]:
-    """What turns a piece of the vocabulary into its bytes mid-text, and the decoder's steps."""
+def _decoder_steps(decoder: dict[str, Any] | None) -> tuple[list[dict[str, Any]], str]:
+    """The decoder's steps, and the first of them that is not supported ("" if all are)."""
     outer = decoder or {"type": "none"}
     steps = outer["decoders"] if outer["type"] == "Sequence" else [outer]
     for step in steps:
         whole = step["type"] == "Strip" and (step["start"] > 1 or step["stop"] > 0)
         pattern = step["type"] == "Replace" and "String" not in step["pattern"]
         if step["type"] not in _SUPPORTED or whole or pattern:
-            raise ValueError(
-                f"decoder: expected one made of {', '.join(_SUPPORTED)} (Replace of a string, Strip "
-                f"of one leading space), got {json.dumps(step)}; the bytes of a token are not known, "
-                "use a tokenizer.json with such a decoder"
-            )
-
-    def spell(piece: str) -> bytes:
-        for step in steps:
-            kind = step["type"]
-            if kind == "Replace":
-                piece = piece.replace(step["pattern"]["String"], step["content"])
-            elif kind == "Metaspace":
-                piece = piece.replace(step["replacement"], " ")
-            elif kind == "WordPiece":
-                prefix = step["prefix"]
-                piece = piece[len(prefix) :] if piece.startswith(prefix) else " " + piece
-            elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-F]{2}>", piece):
-                return bytes([int(piece[3:5], 16)])
-            elif kind == "ByteLevel" and all(c in _BYTE_OF for c in piece):
-                return bytes(_BYTE_OF[c] for c in piece)
-        return piece.encode("utf-8")
-
-    return spell, tuple(step["type"] for step in steps)
+            return steps, json.dumps(step)
+    return steps, ""
 
 
-@lru_cache(maxsize=8)
-def _encoder_of(tokenizer: Tokenizer) -> _Encoder:
-    """A copy that encodes text as the continuation of other text, with only text in it."""
-    config = json.loads(tokenizer.to_str())
-    config.update(truncation=None, padding=None, post_processor=None)
-    config["normalizer"] = _without_prefix(config["normalizer"])
-    config["pre_tokenizer"] = _without_prefix(config["pre_tokenizer"])
-    model = config["model"]
-    model.update({"dropout": None} if "dropout" in model else {})
-    _hide_specials(config)
-    copy = Tokenizer.from_str(json.dumps(config))
-    copy.encode_special_tokens = True
+def _spell(piece: str, steps: Sequence[dict[str, Any]]) -> bytes:
+    """The bytes that a piece of the vocabulary stands for in running text."""
+    for step in steps:
+        kind = step["type"]
+        if kind == "Replace":
+            piece = piece.replace(step["pattern"]["String"], step["content"])
+        elif kind == "Metaspace":
+            piece = piece.replace(step["replacement"], " ")
+        elif kind == "WordPiece":
+            prefix = step["prefix"]
+            piece = piece[len(prefix) :] if piece.startswith(prefix) else " " + piece
+        elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        elif kind == "ByteLevel" and _BYTE_LEVEL.fullmatch(piece):
+            return piece.translate(_TO_LATIN_1).encode("latin-1")
+    return piece.encode("utf-8")
+
+
+def _without_token(model: dict[str, Any], *, byte_level: bool) -> tuple[bool, NDArray[np.bool_]]:
+    """Whether pieces without a token vanish, and the bytes `[256]` that have none."""
     missing = np.zeros(256, dtype=np.bool_)
-    if "ByteLevel" in _speller(config["decoder"])[1]:
+    if byte_level:
         missing[[byte for char, byte in _BYTE_OF.items() if char not in model["vocab"]]] = True
         whole = not missing.any()
     else:
@@ -478,14 +495,45 @@ def _encoder_of(tokenizer: Tokenizer) -> _Encoder:
             f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)
         )
     lossy = model["type"] == "BPE" and model["unk_token"] is None and not whole
-    missing &= lossy
-    return _Encoder(copy, lossy, missing)
+    return lossy, missing & lossy
+
+
+def _encoder(config: dict[str, Any]) -> Tokenizer:
+    """Encodes text as the continuation of other text, with only text in it. Edits `config`."""
+    config.update(truncation=None, padding=None, post_processor=None)
+    _split_as_before(config)
+    config["normalizer"] = _without_prefix(config["normalizer"])
+    config["pre_tokenizer"] = _without_prefix(config["pre_tokenizer"])
+    if "dropout" in config["model"]:
+        config["model"]["dropout"] = None
+    _hide_specials(config)
+    encoder = Tokenizer.from_str(json.dumps(config))
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def _split_as_before(config: dict[str, Any]) -> None:
+    """Write, in place, T5's way to split (white space goes, then every word gets a space) anew.
+
+    White space becomes one space, none at the end: Metaspace alone then cuts the same words, and
+    can be told to put no space before the first.
+    """
+    parts = (config["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if [part["type"] for part in parts] != ["WhitespaceSplit", "Metaspace"]:
+        return
+    one_space = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
+    none_last = {"type": "Replace", "pattern": {"Regex": r" \z"}, "content": ""}
+    before = [config["normalizer"]] if config["normalizer"] else []
+    config["normalizer"] = {"type": "Sequence", "normalizers": [*before, one_space, none_last]}
+    config["pre_tokenizer"] = parts[1] | {"split": True}
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer without whatever puts a space before the text."""
+    """A normalizer or pre-tokenizer that neither puts a space before the text nor takes it away."""
     if step is None or step["type"] == "Prepend":
         return None
+    if step["type"] == "Strip":
+        return {**step, "strip_left": False}
     if step["type"] == "Metaspace":
         return {**step, "prepend_scheme": "never"}
     if step["type"] == "ByteLevel":
@@ -523,7 +571,9 @@ def _hide_specials(config: dict[str, Any]) -> None:
         model["vocab"] = [(renamed.get(piece, piece), score) for piece, score in model["vocab"]]
     if renamed and "merges" in model:
         model["merges"] = [
-            pair for pair in model["merges"] if not renamed.keys() & {*pair, "".join(pair)}
+            (left, right)
+            for left, right in model["merges"]
+            if left not in renamed and right not in renamed and left + right not in renamed
         ]
     for token in config["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])

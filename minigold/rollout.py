@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,36 +20,17 @@ from minigold.batch import Answer, Array, Rollout, answer_of, rollout_of
 from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt
-from minigold.events import Events, match, measure
+from minigold.events import measure
 from minigold.load import LanguageModel
-from minigold.offsets import encode_continuation, first_pieces, vocabulary
+from minigold.offsets import encode_continuation
+from minigold.pair import Pair
 from minigold.sample import sample
 from minigold.teacher import Reading, score
 
-__all__ = ["Pair", "collect", "make_pair", "precision", "sample_answers", "seeds_of"]
+__all__ = ["collect", "precision", "sample_answers", "seeds_of"]
 
 log = logging.getLogger("minigold")
 DATA, COIN, DRAW, MASK = range(4)  # random streams of a run
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Both models, and the events between their vocabularies (on their device)."""
-
-    student: LanguageModel
-    teacher: LanguageModel
-    events: Events
-
-
-def make_pair(student: LanguageModel, teacher: LanguageModel) -> Pair:
-    """Matches the two vocabularies, first pieces in both directions included."""
-    tokenizers = student.tokenizer, teacher.tokenizer
-    ours = vocabulary(tokenizers[0], end_ids=[student.end_id], size=student.n_tokens)
-    theirs = vocabulary(tokenizers[1], end_ids=teacher.eos_ids, size=teacher.n_tokens)
-    spelled = set(ours.token_bytes), set(theirs.token_bytes)
-    ours = replace(ours, first_pieces=first_pieces(tokenizers[0], spelled[1] - spelled[0]))
-    theirs = replace(theirs, first_pieces=first_pieces(tokenizers[1], spelled[0] - spelled[1]))
-    return Pair(student, teacher, match(ours, theirs).to(student.decoder.device))
 
 
 def sample_answers(

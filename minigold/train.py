@@ -30,12 +30,11 @@ from minigold.disagree import acceptance, choose
 from minigold.load import LanguageModel
 from minigold.loss import gold_loss
 from minigold.offsets import encode_continuation
+from minigold.pair import Pair, make_pair
 from minigold.rollout import (
     DATA,
     MASK,
-    Pair,
     collect,
-    make_pair,
     precision,
     sample_answers,
     seeds_of,

@@ -135,6 +135,14 @@ def test_broken_bytes_equal_the_slow_reference(pieces: list[bytes]) -> None:
     assert [(s, e, f == BROKEN) for s, e, f in spans.tolist()] == slow
 
 
+@given(bytes_pieces(), st.integers(1, 9))
+def test_broken_bytes_are_found_in_windows_of_any_size(pieces: list[bytes], size: int) -> None:
+    data, whole = b"".join(pieces) * 3, offsets._replaced(b"".join(pieces) * 3).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offsets, "_WINDOW", size + 3)  # a character fits
+        assert offsets._replaced(data).tolist() == whole
+
+
 def check_chunks(
     student: tuple[Tokenizer, list[int], NDArray[np.int64]],
     teacher: tuple[Tokenizer, list[int], NDArray[np.int64]],
@@ -368,6 +376,36 @@ def test_a_marker_that_takes_spaces_is_changed_text() -> None:
     assert pieces_of(tokenizer, "a  <m>b")[1:] == [("<m>", 1, 6, CHANGED), ("b", 6, 7, 0)]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("he he", [("he", 0, 2, EXACT), ("▁he", 2, 5, EXACT)]),
+        (" he", [("▁he", 0, 3, EXACT)]),
+        ("he  he", [("he", 0, 2, EXACT), ("▁he", 3, 6, EXACT)]),  # one space has no token
+        ("he\nhe ", [("he", 0, 2, EXACT), ("▁he", 2, 5, CHANGED)]),
+        (" \n", []),
+        (" \t\u3000he", [("▁he", 2, 7, CHANGED)]),
+    ],
+)
+def test_t5_splits_at_white_space_and_puts_no_space_before_the_first_word(
+    text: str, expected: list[tuple[str, int, int, int]]
+) -> None:
+    tokenizer = Tokenizer.from_str(unigram().to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    assert pieces_of(tokenizer, text) == expected
+    theirs = tokenizer.encode("x " + text, add_special_tokens=False).tokens
+    if text[:1] == " ":
+        assert [row[0] for row in expected] == theirs[1:] or not text.strip()
+
+
+def test_a_space_at_the_start_is_kept_and_one_at_the_end_is_lost_where_texts_are_stripped() -> None:
+    tokenizer = Tokenizer.from_str(byte_bpe().to_str())
+    tokenizer.normalizer = normalizers.Strip()
+    assert pieces_of(tokenizer, " a ") == [("Ġa", 0, 2, EXACT)]
+
+
 # -- vocabularies --------------------------------------------------------------------------------
 
 
@@ -478,25 +516,45 @@ def test_wrong_arguments_are_refused() -> None:
     [
         decoders.BPEDecoder(),
         decoders.CTC(),
-        decoders.Sequence([decoders.Replace(Regex("a+"), "b"), decoders.Fuse()]),
+        decoders.Sequence([decoders.Replace(Regex("z+"), "b"), decoders.Fuse()]),
         decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)]),
         None,
     ],
 )
-def test_an_unsupported_decoder_is_refused(decoder: Any) -> None:
-    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+def test_with_an_unsupported_decoder_texts_are_read_and_ids_refused(decoder: Any) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if decoder is not None:
         tokenizer.decoder = decoder
-    with pytest.raises(ValueError, match=r"decoder: expected one made of .* use a tokenizer\.json"):
+    assert pieces_of(tokenizer, "ab a") == [("ab", 0, 2, EXACT), ("a", 3, 4, EXACT)]
+    with pytest.raises(ValueError, match=r"decoder: expected one made of .* \(a teacher\) but not"):
         spans_of_ids(tokenizer, [0])
+    with pytest.raises(ValueError, match=r"decoder: expected one made of .* \(a teacher\) but not"):
+        text_of_ids(tokenizer, [0])
 
 
-def test_a_space_before_every_word_is_refused() -> None:
+def test_a_marked_end_of_word_is_read_by_its_offsets() -> None:
+    """GPT-1's and CLIP's kind: `</w>` says that the word ends, and spaces have no token."""
+    vocab = {"h": 0, "i": 1, "i</w>": 2, "hi</w>": 3, "h</w>": 4}
+    model = models.BPE(vocab, [("h", "i</w>")], end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.BPEDecoder()
+    assert pieces_of(tokenizer, "hi hh") == [
+        ("hi</w>", 0, 2, EXACT), ("h", 3, 4, EXACT), ("h</w>", 4, 5, EXACT),
+    ]  # fmt: skip
+    assert vocabulary(tokenizer).token_bytes == (b"h", b"i", b"i", b"hi", b"h")
+    rows = align(spans_of_text(byte_bpe(), "hi hh"), spans_of_text(tokenizer, "hi hh"))
+    assert rows.flaw[rows.start == 3].tolist() == []  # the space has no token: " hh" is one chunk
+    assert LOST in rows.flaw
+
+
+def test_a_space_before_every_piece_is_refused() -> None:
     tokenizer = Tokenizer.from_str(unigram().to_str())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()]
     )
-    with pytest.raises(ValueError, match=r"expected Metaspace alone, got WhitespaceSplit \+ Meta"):
+    with pytest.raises(ValueError, match=r"expected Metaspace alone, got Whitespace \+ Metaspace"):
         encode_continuation(tokenizer, "a")
 
 

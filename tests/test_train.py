@@ -20,7 +20,8 @@ from minigold.data import Prompt
 from minigold.load import LanguageModel
 from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows, chunk_losses
 from minigold.offsets import CUT, SPECIAL, encode_continuation
-from minigold.rollout import Pair, collect, make_pair, sample_answers
+from minigold.pair import Pair, make_pair
+from minigold.rollout import collect, sample_answers
 from minigold.teacher import Reading, score
 from minigold.train import batches_of, distill, learning_rate, take_step, train_pass
 from reference_losses import gkd

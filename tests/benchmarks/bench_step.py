@@ -25,7 +25,7 @@ from minigold.batch import Rollout, needed_states, pack
 from minigold.load import LanguageModel
 from minigold.loss import chunk_losses, gold_loss
 from minigold.offsets import encode_continuation, spans_of_ids
-from minigold.rollout import Pair, make_pair
+from minigold.pair import Pair, make_pair
 from minigold.sample import completion_states, pad, sample
 from minigold.train import take_step
 

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two models in, the events between them out: their tokenizers probed, matched, and remembered.
+
+Where it stands: at the start of a run, before `rollout.py`. A student whose tokens do not say what
+the text was is refused here; what a teacher's tokenizer loses is named. Large vocabularies are
+matched once, and what that took is kept in `MINIGOLD_CACHE` or `~/.cache/minigold`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+import minigold
+from minigold.events import Events, match
+from minigold.load import LanguageModel
+from minigold.offsets import (
+    EXACT,
+    Vocabulary,
+    encode_continuation,
+    first_pieces,
+    spans_of_text,
+    text_of_ids,
+    vocabulary,
+)
+
+__all__ = ["Pair", "cache_folder", "check_student", "lost_text", "make_pair", "matched"]
+
+log = logging.getLogger("minigold")
+
+PLAIN = {  # a student must write these as they are, as far as it has tokens for them
+    "letters": "abcDEF",
+    "punctuation": "it's(a),b.c;[d]={e}",
+    "spaces": "a b c",
+    "runs of spaces": "a  b    c",
+    "line breaks": "a\nb\n\n  c",
+    "tabs": "a\tb",
+}
+OTHER = {
+    "digits": "0 1 23 456",
+    "accents": "é Å ñ ü ç",
+    "combining accents": "e\u0301 n\u0303",
+    "compatibility characters": "ﬁ ½ Ｔ ²",
+    "other alphabets": "Привет Ελλάς שלום سلام नमस्ते สวัสดี",
+    "Chinese, Japanese, Korean": "你好 かな カナ 한국",
+    "emoji": "🙂 👍🏽 👩‍👩‍👧",
+    "control characters": "a\x00b\x1bc",
+}
+ROLES = ("text", "special", "unknown", "end", "none")
+KEEP_FROM = 50_000  # ids of both sides together; fewer are matched in a blink
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models, and the events between their vocabularies (on the student's device)."""
+
+    student: LanguageModel
+    teacher: LanguageModel
+    events: Events
+
+
+def make_pair(student: LanguageModel, teacher: LanguageModel) -> Pair:
+    """Probes both tokenizers and matches their vocabularies.
+
+    Raises:
+        ValueError: see `check_student` and `events.match`.
+    """
+    check_student(student.tokenizer)
+    lost = lost_text(teacher.tokenizer)
+    if lost:
+        log.info("chunks with text that the teacher cannot read exactly are not scored: %s",
+                 ", ".join(lost))  # fmt: skip
+    sides = (student.tokenizer, [student.end_id], student.n_tokens), (
+        teacher.tokenizer, teacher.eos_ids, teacher.n_tokens,
+    )  # fmt: skip
+    return Pair(student, teacher, match(*matched(*sides)).to(student.decoder.device))
+
+
+# -- probes --------------------------------------------------------------------------------------
+
+
+def check_student(tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer whose ids do not say what the text was, so that it cannot be a student.
+
+    The probe is plain text: letters of both cases, punctuation, spaces, line breaks, tabs.
+    Characters without a token may be missing (a student never writes them), but what is there must
+    come back as it was. Lowercase, spaces run together or put around punctuation do not.
+
+    Raises:
+        ValueError: it writes another text, or its decoder is not supported.
+    """
+
+    def written(text: str) -> str:
+        return text_of_ids(tokenizer, encode_continuation(tokenizer, text)[0])
+
+    for kind, text in PLAIN.items():
+        known = "".join(c for c in text if written(c))
+        if written(text) not in (text, known):
+            raise ValueError(
+                f"expected a student whose tokens say what the text was, got a tokenizer that "
+                f"writes {text!r} as {written(text)!r} ({kind}): the teacher would read another "
+                "text than the student meant; such a tokenizer can be the teacher's only"
+            )
+
+
+def lost_text(tokenizer: Tokenizer) -> list[str]:
+    """Kinds of text (keys of `PLAIN` and `OTHER`) that the tokenizer does not read exactly."""
+
+    def is_exact(text: str) -> bool:
+        start, end, flaw = spans_of_text(tokenizer, text).T
+        bounds = [0, *end.tolist()]
+        return bool((flaw == EXACT).all()) and bounds == [*start.tolist(), len(text.encode())]
+
+    return [kind for kind, text in {**PLAIN, **OTHER}.items() if not is_exact(text)]
+
+
+# -- vocabularies --------------------------------------------------------------------------------
+
+Side = tuple[Tokenizer, Sequence[int], int]  # tokenizer, ids that end a turn, number of ids
+
+
+def matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
+    """Both vocabularies with the first pieces of each for the strings of the other.
+
+    Large ones are read from the cache if the same two were matched before with these versions.
+    """
+    if student[2] + teacher[2] < KEEP_FROM:
+        return _matched(student, teacher)
+    path = cache_folder() / f"vocabularies-{_key(student, teacher)}.safetensors"
+    try:
+        return _restored(load_file(path))
+    except FileNotFoundError:
+        pass
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        log.warning("expected two vocabularies in %s, got %s; they are matched anew", path, error)
+    both = _matched(student, teacher)
+    try:
+        _save(path, both)
+    except OSError as error:
+        log.warning("the matched vocabularies are not kept: %s; set MINIGOLD_CACHE", error)
+    return both
+
+
+def cache_folder() -> Path:
+    """`MINIGOLD_CACHE`, else `~/.cache/minigold`."""
+    return Path(os.environ.get("MINIGOLD_CACHE") or Path.home() / ".cache" / "minigold")
+
+
+def _matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
+    ours, theirs = (vocabulary(t, end_ids=ends, size=n) for t, ends, n in (student, teacher))
+    spelled = set(ours.token_bytes), set(theirs.token_bytes)
+    return (
+        replace(ours, first_pieces=first_pieces(student[0], spelled[1] - spelled[0])),
+        replace(theirs, first_pieces=first_pieces(teacher[0], spelled[0] - spelled[1])),
+    )
+
+
+def _key(student: Side, teacher: Side) -> str:
+    """Of all that the result depends on."""
+    versions = [minigold.__version__, tokenizers.__version__]
+    found = hashlib.sha256(json.dumps(versions).encode())
+    for tokenizer, end_ids, size in (student, teacher):
+        found.update(json.dumps([list(end_ids), size]).encode())
+        found.update(hashlib.sha256(tokenizer.to_str().encode()).digest())
+    return found.hexdigest()[:32]
+
+
+def _save(path: Path, both: tuple[Vocabulary, Vocabulary]) -> None:
+    """Written beside and renamed, so that no reader sees half of it."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, one, other in (("student", *both), ("teacher", *both[::-1])):
+        own_id = {text: i for i, text in enumerate(one.token_bytes)}
+        other_id = {text: i for i, text in enumerate(other.token_bytes)}
+        pieces = [  # one that is no text here, since it ends a turn, is no event either
+            [other_id[text], own_id[first]]
+            for text, first in one.first_pieces.items()
+            if first in own_id
+        ]
+        arrays |= {
+            f"{name}.bytes": np.frombuffer(b"".join(one.token_bytes), dtype=np.uint8),
+            f"{name}.ends": np.cumsum([len(text) for text in one.token_bytes], dtype=np.int64),
+            f"{name}.roles": np.array([ROLES.index(role) for role in one.roles], dtype=np.uint8),
+            f"{name}.pieces": np.array(pieces, dtype=np.int64).reshape(-1, 2),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        save_file(arrays, Path(folder) / path.name)
+        (Path(folder) / path.name).replace(path)
+
+
+def _restored(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Vocabulary, Vocabulary]:
+    spelled, roles = [], []
+    for name in ("student", "teacher"):
+        joined, ends = arrays[f"{name}.bytes"].tobytes(), arrays[f"{name}.ends"].tolist()
+        starts = [0, *ends[:-1]]
+        spelled.append(tuple(joined[i:j] for i, j in zip(starts, ends, strict=True)))
+        roles.append(tuple(ROLES[role] for role in arrays[f"{name}.roles"].tolist()))
+    student, teacher = spelled
+    ours, theirs = arrays["student.pieces"].tolist(), arrays["teacher.pieces"].tolist()
+    return (
+        Vocabulary(student, roles[0], {teacher[text]: student[first] for text, first in ours}),
+        Vocabulary(teacher, roles[1], {student[text]: teacher[first] for text, first in theirs}),
+    )
