@@ -70,15 +70,16 @@ def align(student_spans: ArrayLike, teacher_spans: ArrayLike) -> Chunks:
         return Chunks(none, none, none, none, none, none, none)
     student_at, student_index = _boundaries(student)
     teacher_at, teacher_index = _boundaries(teacher)
-    shared, in_student, in_teacher = np.intersect1d(
-        student_at, teacher_at, assume_unique=True, return_indices=True
-    )
+    place = np.searchsorted(teacher_at, student_at)
+    place[place == len(teacher_at)] = 0
+    in_student = np.flatnonzero(teacher_at[place] == student_at) if len(teacher_at) else place[:0]
+    shared, in_teacher = student_at[in_student], place[in_student]
     bounds = np.concatenate(([0], shared, [end]))
     student_cut = np.concatenate(([0], student_index[in_student], [len(student)]))
     teacher_cut = np.concatenate(([0], teacher_index[in_teacher], [len(teacher)]))
     own = np.minimum(_flaws(student, student_cut), _flaws(teacher, teacher_cut))
     lost = _lost(student, student_cut, end) | _lost(teacher, teacher_cut, end)
-    flaw = np.where(own < _NONE, own, np.where(lost, _LOST, 0))
+    flaw = np.where(own < _NONE, own, _LOST * lost)
     ranges = (student_cut[:-1], student_cut[1:], teacher_cut[:-1], teacher_cut[1:])
     return Chunks(*ranges, bounds[:-1], bounds[1:], flaw)
 
@@ -113,25 +114,28 @@ def _boundaries(spans: Int64) -> tuple[Int64, Int64]:
 
     Where zero-width tokens stand at a boundary, the cut goes before the first of them.
     """
-    reached, following = np.maximum.accumulate(spans[:, 1])[:-1], spans[1:, 0]
-    before = np.flatnonzero((reached == following) & (following > 0)) + 1
-    at, first = np.unique(spans[before, 0], return_index=True)
-    inside = at < spans[:, 1].max(initial=0)
-    return at[inside], before[first][inside]
+    reached, following = np.maximum.accumulate(spans[:, 1]), spans[1:, 0]
+    clean = (reached[:-1] == following) & (following > spans[:-1, 0]) & (following < reached[-1:])
+    before = clean.nonzero()[0] + 1
+    return spans[before, 0], before
 
 
 def _flaws(spans: Int64, cut: Int64) -> Int64:
     """Smallest flaw `[C]` of the tokens `cut[c] : cut[c + 1]` of each chunk, `_NONE` without."""
     smallest = np.full(len(cut) - 1, _NONE)
-    flawed = np.flatnonzero(spans[:, 2])
-    np.minimum.at(smallest, np.searchsorted(cut[1:-1], flawed, side="right"), spans[flawed, 2])
+    (flawed,) = spans[:, 2].nonzero()
+    if len(flawed):
+        np.minimum.at(smallest, np.searchsorted(cut[1:-1], flawed, side="right"), spans[flawed, 2])
     return smallest
 
 
 def _lost(spans: Int64, cut: Int64, end: int) -> NDArray[np.bool_]:
     """Whether `[C]` the tokens of each chunk leave bytes before, between or after them out."""
-    reached = np.concatenate(([0], np.maximum.accumulate(spans[:, 1])))
+    reached = np.zeros(len(spans) + 1, dtype=np.int64)
+    np.maximum.accumulate(spans[:, 1], out=reached[1:])
     gap_before = np.append(spans[:, 0] > reached[:-1], reached[-1] < end)
+    if not gap_before.any():
+        return np.zeros(len(cut) - 1, dtype=np.bool_)
     gaps = np.concatenate(([0], np.cumsum(gap_before)))
     until = cut[1:].copy()
     until[-1] = len(spans) + 1  # bytes left over at the end belong to the last chunk

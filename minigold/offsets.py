@@ -203,17 +203,22 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[list[int], Int
     flaws = table.flaws[ids_T]
     spans = None if flaws.any() else _fit(pieces, data, 0, len(data), table.missing)
     if spans is None:
-        spans = np.zeros((len(ids_T), 3), dtype=np.int64)
-        reached = 0
+        spans, reached = np.zeros((len(ids_T), 3), dtype=np.int64), 0
         for i, j, first, *ends in _groups(encoding, text, len(data), table.lossy):
             start, own = _read_space(table, pieces[i:j], data, first, reached)
+            reached = ends[-1]
+            if (
+                j == i + 1 and own[0] and own[0] == data[start : ends[0]]
+            ):  # most are, and it is fast
+                spans[i] = start, ends[0], EXACT
+                continue
             tries = [] if flaws[i:j].any() else ends
             fits = (_fit(own, data, start, end, table.missing) for end in tries)
-            fit, end = next((fit for fit in fits if fit is not None), None), ends[-1]
+            fit = next((fit for fit in fits if fit is not None), None)
             if fit is None:
                 flaw = np.where(flaws[i:j] == EXACT, CHANGED, flaws[i:j])
-                fit = np.stack((np.full(j - i, start), np.full(j - i, end), flaw), axis=1)
-            spans[i:j], reached = fit, end
+                fit = np.stack((np.full(j - i, start), np.full(j - i, reached), flaw), axis=1)
+            spans[i:j] = fit
     return encoding.ids, spans
 
 
@@ -319,9 +324,7 @@ def _fit(
     return np.stack((first, last, np.where(last - first > lengths, LOST, EXACT)), axis=1)
 
 
-def _groups(
-    encoding: Encoding, text: str, size: int, lossy: bool
-) -> list[tuple[int, ...]]:
+def _groups(encoding: Encoding, text: str, size: int, lossy: bool) -> list[tuple[int, ...]]:
     """Token ranges that do not overlap in the text, with their bytes: (i, j, start, end, ...).
 
     Marks that a normalizer drew into the letter before them, whose range leaves them out, are put
@@ -344,7 +347,12 @@ def _groups(
     group_ends = [group_end, limit] if lossy else [_with_marks(text, group_end, limit)]
     at = _bytes_before(text)
     assert at[-1] == size
-    columns = [first, np.append(cut, len(starts)), at[group_start], *(at[end] for end in group_ends)]
+    columns = [
+        first,
+        np.append(cut, len(starts)),
+        at[group_start],
+        *(at[end] for end in group_ends),
+    ]
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
