@@ -21,35 +21,17 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 __all__ = [
-    "BROKEN",
-    "CHANGED",
-    "CUT",
-    "EXACT",
-    "FLAWS",
-    "LOST",
-    "SPECIAL",
-    "UNKNOWN",
-    "Vocabulary",
-    "encode_continuation",
-    "first_pieces",
-    "spans_of_ids",
-    "spans_of_text",
-    "text_of_ids",
+    "BROKEN", "CHANGED", "CUT", "EXACT", "FLAWS", "LOST", "SPECIAL", "UNKNOWN", "Vocabulary",
+    "encode_continuation", "first_pieces", "spans_of_ids", "spans_of_text", "text_of_ids",
     "vocabulary",
-]
+]  # fmt: skip
 
 Int64 = NDArray[np.int64]
 
 EXACT, BROKEN, SPECIAL, UNKNOWN, LOST, CHANGED, CUT = range(7)
 FLAWS = (
-    "exact",
-    "broken bytes",
-    "special token",
-    "unknown token",
-    "lost bytes",
-    "changed text",
-    "cut",
-)
+    "exact", "broken bytes", "special token", "unknown token", "lost bytes", "changed text", "cut",
+)  # fmt: skip
 
 _SPACE = 0x20
 _BATCH = 16384  # strings encoded at a time: bounds the memory of their encodings
@@ -409,45 +391,50 @@ def _table(tokenizer: Tokenizer) -> _Table:
 def _table_of(tokenizer: Tokenizer) -> _Table:
     """The table of a tokenizer, made once: later changes other than added tokens are not seen."""
     config = json.loads(tokenizer.to_str())
-    model, added = config["model"], {token["id"]: token for token in config["added_tokens"]}
     steps, unknown_decoder = _decoder_steps(config["decoder"])
     kinds = [step["type"] for step in steps]
-    pieces = {i: piece for piece, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    added = {token["id"]: token["content"] for token in config["added_tokens"]}
+    pieces = {i: piece for piece, i in tokenizer.get_vocab(with_added_tokens=True).items()} | added
     n_ids = max(pieces, default=-1) + 1
-    roles = ["none" if i not in pieces else "text" for i in range(n_ids)]
-    for i, token in added.items():
-        pieces[i] = token["content"]
-        roles[i] = "special" if token["special"] else "text"
-    unknown = _unknown_id(tokenizer, model)
-    if unknown is not None:
-        roles[unknown] = "unknown"
+    roles = _roles(tokenizer, config, pieces, n_ids)
     if unknown_decoder:
         alone = tokenizer.decode_batch([[i] for i in range(n_ids)], skip_special_tokens=False)
-        token_bytes = [text.encode("utf-8") for text in alone]
+        spelled = [text.encode("utf-8") for text in alone]
     else:
         literal = added if "ByteLevel" in kinds else {}  # not written in the byte-level alphabet
-        token_bytes = [
-            pieces[i].encode("utf-8") if i in literal else _spell(pieces.get(i, ""), steps)
+        spelled = [
+            literal[i].encode("utf-8") if i in literal else _spell(pieces.get(i, ""), steps)
             for i in range(n_ids)
         ]
-    token_bytes = [
-        text if role == "text" else b"" for text, role in zip(token_bytes, roles, strict=True)
-    ]
-    lengths = np.fromiter(map(len, token_bytes), np.int64, n_ids)
+    spelled = [x if role == "text" else b"" for x, role in zip(spelled, roles, strict=True)]
     codes = {"text": EXACT, "special": SPECIAL, "unknown": UNKNOWN, "none": UNKNOWN}
-    flaws = np.fromiter((codes[role] for role in roles), np.int64, n_ids)
-    lossy, missing = _without_token(model, byte_level="ByteLevel" in kinds)
+    lossy, missing = _without_token(config["model"], byte_level="ByteLevel" in kinds)
     return _Table(
-        tuple(token_bytes), tuple(roles), lengths, flaws, unknown_decoder, "WordPiece" in kinds,
-        _encoder(config), lossy, missing,
-    )  # fmt: skip
+        token_bytes=tuple(spelled),
+        roles=tuple(roles),
+        lengths=np.fromiter(map(len, spelled), np.int64, n_ids),
+        flaws=np.fromiter((codes[role] for role in roles), np.int64, n_ids),
+        unknown_decoder=unknown_decoder,
+        implied_space="WordPiece" in kinds,
+        encoder=_encoder(config),
+        lossy=lossy,
+        missing=missing,
+    )
 
 
-def _unknown_id(tokenizer: Tokenizer, model: dict[str, Any]) -> int | None:
-    if "unk_id" in model:
-        return None if model["unk_id"] is None else int(model["unk_id"])
-    unknown = model.get("unk_token")
-    return None if unknown is None else tokenizer.token_to_id(unknown)
+def _roles(
+    tokenizer: Tokenizer, config: dict[str, Any], pieces: Mapping[int, str], n_ids: int
+) -> list[str]:
+    roles = ["text" if i in pieces else "none" for i in range(n_ids)]
+    for token in config["added_tokens"]:
+        roles[token["id"]] = "special" if token["special"] else "text"
+    model = config["model"]
+    unknown = model.get("unk_id")  # Unigram's; the others have a string
+    if model.get("unk_token") is not None:
+        unknown = tokenizer.token_to_id(model["unk_token"])
+    if unknown is not None:
+        roles[unknown] = "unknown"
+    return roles
 
 
 def _byte_alphabet() -> dict[str, int]:
