@@ -533,11 +533,9 @@ def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
         return {**step, "prepend_scheme": "never"}
     if step["type"] == "ByteLevel":
         return {**step, "add_prefix_space": False}
-    key = {"Sequence": "normalizers" if "normalizers" in step else "pretokenizers"}.get(
-        step["type"]
-    )
-    if key is None:
+    if step["type"] != "Sequence":
         return step
+    key = "normalizers" if "normalizers" in step else "pretokenizers"
     kinds = [inner["type"] for inner in step[key]]
     if "Metaspace" in kinds and any(kind in _SPLITS_SPACES for kind in kinds):
         raise ValueError(
