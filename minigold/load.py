@@ -106,8 +106,11 @@ def load(
     )
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, *, weights: bool = True) -> Path:
     """The folder of a model, fetched from the hub if it is no folder here.
+
+    Args:
+        weights: whether to fetch them too; without them, what a tokenizer needs.
 
     Raises:
         FileNotFoundError: it is no folder and cannot be fetched.
@@ -129,7 +132,8 @@ def resolve(name: str | Path) -> Path:
             "to fetch it as a hub name, run: pip install huggingface_hub"
         ) from error
     try:
-        return Path(snapshot_download(hub_name, allow_patterns=list(PATTERNS)))
+        wanted = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
+        return Path(snapshot_download(hub_name, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(

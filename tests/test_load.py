@@ -418,6 +418,8 @@ def test_the_hub_is_asked_for_the_files_that_are_read(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert load("owner/name").name == "owner/name"
     assert asked == [("owner/name", ["*.json", "*.safetensors", "chat_template.jinja"])]
+    resolve("owner/name", weights=False)
+    assert asked[1:] == [("owner/name", ["*.json", "chat_template.jinja"])]
 
 
 def test_without_the_hub_client_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

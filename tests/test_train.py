@@ -26,7 +26,7 @@ from minigold.teacher import Reading, score
 from minigold.train import batches_of, distill, learning_rate, take_step, train_pass
 from reference_losses import gkd
 from tiny_models import new_decoder, tiny_model
-from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe
+from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe, unigram
 
 CONFIG = Config(
     steps=3, batch_size=6, micro_batch=4, max_new_tokens=14, lr=1e-3, warmup=2,
@@ -138,6 +138,56 @@ def test_a_finished_answer_ends_in_an_eos_chunk_and_a_cut_one_does_not() -> None
         else:
             assert last not in (0, -1) and (last == CUT or r.chunks.flaw[-1] > 0)
     assert kinds == {"end", "other", "cut"}
+
+
+def test_the_end_of_turn_may_have_the_id_that_fills_padded_rows() -> None:
+    """Id 0 ends a turn on both sides, and shorter rows are filled up with 0: lengths tell."""
+    student, teacher = (
+        tiny_model("llama", make(), end=end, seed=seed)
+        for make, end, seed in ((byte_bpe, "<|endoftext|>", 1), (unigram, "<unk>", 2))
+    )
+    assert student.end_id == teacher.end_id == 0
+    pair = make_pair(student, teacher)
+    said = ["hello", "", " the quick brown fox.", "a", "def add", " Paris is the capital"]
+    prompts = [
+        dataclasses.replace(p, completion=text) for p, text in zip(PROMPTS, said, strict=True)
+    ]
+    config = dataclasses.replace(CONFIG, lmbda=0.0)
+    rollouts = collect(pair, *sample_answers(pair, prompts, config, number=1), config)
+    for r in rollouts:
+        assert r.answer.ids[-1] == 0
+        assert r.chunks.flaw[-1] == 0 and r.scorable_C[-1]
+        ours = token_logps(student, r.answer.prompt_ids, r.answer.ids)
+        theirs = token_logps(teacher, r.answer.teacher_prompt_ids, [*r.answer.teacher_ids, 0])
+        np.testing.assert_allclose(r.score.logp_T.numpy(), theirs[:-1], atol=1e-4)
+        assert r.student_logp_C[-1] - r.student_stay_C[-1] == pytest.approx(ours[-1], abs=1e-3)
+        assert r.teacher_logp_C[-1] - r.teacher_stay_C[-1] == pytest.approx(theirs[-1], abs=1e-3)
+    chosen = all_chosen(rollouts)
+    want = dense_gradient(pair, rollouts, chosen, config.beta) / sum(map(len, chosen))
+    got = gradient_of(pair, rollouts, chosen, config)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-4)
+
+
+def test_a_special_token_in_the_middle_makes_its_chunk_unscorable_and_no_other() -> None:
+    pair = cross_pair()
+    ours, theirs = pair.student.tokenizer, pair.teacher.tokenizer
+    before, after = (encode_continuation(ours, text)[0] for text in ("hello", " fox"))
+    answer = answer_of(
+        PROMPTS[0], [1], [*before, 1, *after, pair.student.end_id], finished=True, on_policy=True,
+        teacher_prompt_ids=[0], student_tokenizer=ours, teacher_tokenizer=theirs,
+        end_id=pair.student.end_id, identical=False,
+    )  # fmt: skip
+    plain = answer_of(
+        PROMPTS[0], [1], [*before, *after, pair.student.end_id], finished=True, on_policy=True,
+        teacher_prompt_ids=[0], student_tokenizer=ours, teacher_tokenizer=theirs,
+        end_id=pair.student.end_id, identical=False,
+    )  # fmt: skip
+    assert answer.text == plain.text == "hello fox"
+    for column in ("t0", "t1", "start", "end"):
+        assert getattr(answer.chunks, column).tolist() == getattr(plain.chunks, column).tolist()
+    flawed = answer.chunks.flaw.nonzero()[0]
+    assert answer.chunks.flaw[flawed].tolist() == [SPECIAL] and not plain.chunks.flaw.any()
+    assert answer.chunks.s0[flawed] == len(before)  # it belongs to the chunk that follows
 
 
 def test_fixed_answers_are_read_by_the_student_too() -> None:
