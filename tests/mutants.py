@@ -49,11 +49,60 @@ MUTANTS = (
         "np.cumsum(1 - (broken[:, 1] - broken[:, 0]))",
         "tests/test_offsets.py",
     ),
+    # a character that the window cuts is taken for broken
+    Mutant(
+        "minigold/offsets.py",
+        "if error.start > 0 and error.end == len(window) == _WINDOW:",
+        "if error.start < 0 and error.end == len(window) == _WINDOW:",
+        "tests/test_offsets.py",
+    ),
+    # a word's space before T5's first word
+    Mutant(
+        "minigold/offsets.py",
+        'config["pre_tokenizer"] = parts[1] | {"split": True}',
+        'config["pre_tokenizer"] = config["pre_tokenizer"]',
+        "tests/test_offsets.py",
+    ),
+    # a student that writes another text is accepted
+    Mutant(
+        "minigold/pair.py",
+        'if written(text) not in (text, known, ""):',
+        'if written(text) not in (written(text), known, ""):',
+        "tests/test_pair.py",
+    ),
+    # kept first pieces are those of the other side
+    Mutant(
+        "minigold/pair.py",
+        "{teacher[text]: student[first] for text, first in ours}",
+        "{student[text]: student[first] for text, first in ours}",
+        "tests/test_pair.py",
+    ),
+    # vocabularies are kept under a name that does not tell the tokenizers apart
+    Mutant(
+        "minigold/pair.py",
+        "found.update(hashlib.sha256(tokenizer.to_str().encode()).digest())",
+        "found.update(b'')",
+        "tests/test_pair.py",
+    ),
     # the end of the last token is taken for the end of all before it
     Mutant(
         "minigold/align.py",
-        "reached, following = np.maximum.accumulate(spans[:, 1])[:-1], spans[1:, 0]",
-        "reached, following = spans[:-1, 1], spans[1:, 0]",
+        "reached, following = np.maximum.accumulate(spans[:, 1]), spans[1:, 0]",
+        "reached, following = spans[:, 1], spans[1:, 0]",
+        "tests/test_align.py",
+    ),
+    # a boundary stands before the last of the tokens without text, not the first
+    Mutant(
+        "minigold/align.py",
+        "& (following > spans[:-1, 0]) &",
+        "& (following < np.append(spans[2:, 0], reached[-1:])) &",
+        "tests/test_align.py",
+    ),
+    # bytes without a token are no reason
+    Mutant(
+        "minigold/align.py",
+        "np.where(own < _NONE, own, _LOST * lost)",
+        "np.where(own < _NONE, own, 0 * lost)",
         "tests/test_align.py",
     ),
     # the teacher's flaws are forgotten

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import minigold
+from mutants import MUTANTS
 from shape_suffix import ShapeSuffixes
 
 ROOT = Path(__file__).parent.parent
@@ -309,3 +310,10 @@ def test_other_packages_are_not_checked() -> None:
     with ShapeSuffixes("some_package") as watch:
         scope["f"]()
     assert watch.errors == []
+
+
+def test_each_edit_of_the_mutants_finds_its_place() -> None:
+    for mutant in MUTANTS:
+        found = (ROOT / mutant.file).read_text("utf-8").count(mutant.old)
+        assert found == 1, f"{mutant.file}: {mutant.old!r} found {found} times, expected once"
+        assert (ROOT / mutant.tests).is_file()
