@@ -17,7 +17,7 @@ __all__ = ["Chunks", "align"]
 
 Int64 = NDArray[np.int64]
 
-_NONE = np.iinfo(np.int64).max  # no flaw
+_NONE = np.iinfo(np.int64).max  # no flaw, or no text
 _LOST = 4  # the code of offsets.LOST, written here so that this file works when copied alone
 
 
@@ -112,10 +112,13 @@ def _checked(spans: ArrayLike, side: str) -> Int64:
 def _boundaries(spans: Int64) -> tuple[Int64, Int64]:
     """Clean boundaries inside one side: byte offsets (ascending) and the token each goes before.
 
-    Where zero-width tokens stand at a boundary, the cut goes before the first of them.
+    Where zero-width tokens stand at a boundary, the cut goes before the first of them. They close
+    and open nothing: the text before it ends there, and the text after it starts there.
     """
     reached, following = np.maximum.accumulate(spans[:, 1]), spans[1:, 0]
-    clean = (reached[:-1] == following) & (following > spans[:-1, 0]) & (following < reached[-1:])
+    text_start = np.where(spans[:, 0] < spans[:, 1], spans[:, 0], _NONE)
+    text_follows = np.minimum.accumulate(text_start[::-1])[::-1][1:] == following
+    clean = (reached[:-1] == following) & text_follows & (following > spans[:-1, 0])
     before = clean.nonzero()[0] + 1
     return spans[before, 0], before
 

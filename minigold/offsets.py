@@ -10,8 +10,9 @@ flaw code; or a whole `Vocabulary` as plain data. What it does not do: chat temp
 
 import json
 import re
+import secrets
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -34,6 +35,7 @@ FLAWS = (
 )  # fmt: skip
 
 _SPACE = 0x20
+_HIDDEN = secrets.token_hex(32)  # names of special tokens begin with it, and no text has it
 _BATCH = 16384  # strings encoded at a time: bounds the memory of their encodings
 _WINDOW = 512  # bytes decoded at a time: an error holds a copy of all that it was given
 _SUPPORTED = ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
@@ -65,19 +67,16 @@ class _Table:
     flaws: Int64
     unknown_decoder: str  # the step that leaves the bytes of an id in running text open, or ""
     implied_space: bool  # WordPiece: a word's leading space is implied, not read from the text
+    forgetful: bool  # of characters that its normalizer deletes at the start, see `_n_deleted`
     encoder: Tokenizer
     lossy: bool  # pieces without a token vanish, and offsets after one are off inside its word
     missing: NDArray[np.bool_]  # [256], bytes that have no token
 
 
 def vocabulary(
-    tokenizer: Tokenizer,
-    *,
-    end_ids: Sequence[int] = (),
-    size: int | None = None,
-    pieces_for: Iterable[bytes] = (),
+    tokenizer: Tokenizer, *, end_ids: Sequence[int] = (), size: int | None = None
 ) -> Vocabulary:
-    """The bytes and the role of every id, and this tokenizer's first piece of other strings.
+    """The bytes and the role of every id; `first_pieces` stay empty.
 
     With a decoder that is not supported, an id's bytes are what it decodes to when it stands alone.
 
@@ -86,7 +85,6 @@ def vocabulary(
         end_ids: ids that end a turn; they get the role "end" and stand for no text.
         size: number of ids (rows of the model); default: those of the tokenizer. Larger: the rest
             has the role "none".
-        pieces_for: the byte strings to look up with `first_pieces`.
 
     Raises:
         ValueError: an end id outside `0 .. size - 1`, a size below 1.
@@ -105,7 +103,7 @@ def vocabulary(
                 "that the model has a row for"
             )
         token_bytes[end_id], roles[end_id] = b"", "end"
-    return Vocabulary(tuple(token_bytes), tuple(roles), first_pieces(tokenizer, pieces_for))
+    return Vocabulary(tuple(token_bytes), tuple(roles))
 
 
 def first_pieces(tokenizer: Tokenizer, strings: Iterable[bytes]) -> dict[bytes, bytes]:
@@ -114,12 +112,8 @@ def first_pieces(tokenizer: Tokenizer, strings: Iterable[bytes]) -> dict[bytes, 
     Left out: strings that are not UTF-8 on their own, and those whose first token is no exact
     beginning of the string (unknown, special, normalized to something else).
     """
-    table, texts = _table(tokenizer), {}
-    for string in strings:
-        try:
-            texts[string] = string.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
+    table = _table(tokenizer)
+    texts = {s: text for s in strings if (text := s.decode("utf-8", "ignore")).encode() == s}
     pieces: dict[bytes, bytes] = {}
     keys = list(texts)
     for at in range(0, len(keys), _BATCH):
@@ -179,28 +173,19 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[list[int], Int
         ValueError: a text with lone surrogates, or a tokenizer that cannot encode a continuation.
     """
     table, data = _table(tokenizer), _utf8(text)
+    if table.forgetful and (n := _n_deleted(table.encoder, text)):
+        ids, spans = encode_continuation(tokenizer, text[n:])
+        return ids, spans + np.array([1, 1, 0]) * len(_utf8(text[:n]))
     encoding = table.encoder.encode(text, add_special_tokens=False)
-    ids_T = np.asarray(encoding.ids, dtype=np.int64)
     pieces = [table.token_bytes[i] for i in encoding.ids]
-    flaws = table.flaws[ids_T]
-    spans = None if flaws.any() else _fit(pieces, data, 0, len(data), table.missing)
-    if spans is None:
-        spans, reached = np.zeros((len(ids_T), 3), dtype=np.int64), 0
-        for i, j, first, *ends in _groups(encoding, text, len(data), table.lossy):
-            start, own = _read_space(table, pieces[i:j], data, first, reached)
-            reached = ends[-1]
-            if (
-                j == i + 1 and own[0] and own[0] == data[start : ends[0]]
-            ):  # most are, and it is fast
-                spans[i] = start, ends[0], EXACT
-                continue
-            tries = [] if flaws[i:j].any() else ends
-            fits = (_fit(own, data, start, end, table.missing) for end in tries)
-            fit = next((fit for fit in fits if fit is not None), None)
-            if fit is None:
-                flaw = np.where(flaws[i:j] == EXACT, CHANGED, flaws[i:j])
-                fit = np.stack((np.full(j - i, start), np.full(j - i, reached), flaw), axis=1)
-            spans[i:j] = fit
+    flaws = table.flaws[np.asarray(encoding.ids, dtype=np.int64)]
+    whole = None if flaws.any() else _fit(pieces, data, 0, len(data), table.missing)
+    if whole is not None:
+        return encoding.ids, whole
+    spans, reached = np.zeros((len(flaws), 3), dtype=np.int64), 0
+    for i, j, first, *ends in _groups(encoding, text, table.lossy):
+        start, own = _read_space(table, pieces[i:j], data, first, reached)
+        spans[i:j], reached = _spans_of_group(table, own, flaws[i:j], data, start, ends), ends[-1]
     return encoding.ids, spans
 
 
@@ -287,6 +272,31 @@ def _utf8(text: str) -> bytes:
         ) from error
 
 
+def _n_deleted(encoder: Tokenizer, text: str) -> int:
+    """Characters that the normalizer deletes at the start; offsets after them do not count them.
+
+    That is so in `tokenizers` with a Precompiled normalizer (T5, XLM-R). White space is no such
+    character, since what becomes of it depends on what follows.
+    """
+    normalize: Callable[[str], str] = encoder.normalizer.normalize_str
+    return next((i for i, c in enumerate(text) if c.isspace() or normalize(c)), len(text))
+
+
+def _spans_of_group(
+    table: _Table, pieces: list[bytes], flaws: Int64, data: bytes, start: int, ends: list[int]
+) -> Int64:
+    """Exact spans up to the first of the ends that fits, else one span that all tokens share."""
+    if len(pieces) == 1 and pieces[0] == data[start : ends[0]] != b"":  # most are, and it is fast
+        return np.array([[start, ends[0], EXACT]])
+    tries = [] if flaws.any() else ends
+    fits = (_fit(pieces, data, start, end, table.missing) for end in tries)
+    fit = next((fit for fit in fits if fit is not None), None)
+    if fit is not None:
+        return fit
+    shared = np.full((len(pieces), 2), (start, ends[-1]))
+    return np.column_stack((shared, np.where(flaws == EXACT, CHANGED, flaws)))
+
+
 def _fit(
     pieces: Sequence[bytes], data: bytes, start: int, end: int, missing: NDArray[np.bool_]
 ) -> Int64 | None:
@@ -306,7 +316,7 @@ def _fit(
     return np.stack((first, last, np.where(last - first > lengths, LOST, EXACT)), axis=1)
 
 
-def _groups(encoding: Encoding, text: str, size: int, lossy: bool) -> list[tuple[int, ...]]:
+def _groups(encoding: Encoding, text: str, lossy: bool) -> list[tuple[int, ...]]:
     """Token ranges that do not overlap in the text, with their bytes: (i, j, start, end, ...).
 
     Marks that a normalizer drew into the letter before them, whose range leaves them out, are put
@@ -328,7 +338,6 @@ def _groups(encoding: Encoding, text: str, size: int, lossy: bool) -> list[tuple
     group_end = np.maximum.reduceat(ends, first)
     group_ends = [group_end, limit] if lossy else [_with_marks(text, group_end, limit)]
     at = _bytes_before(text)
-    assert at[-1] == size
     columns = [
         first,
         np.append(cut, len(starts)),
@@ -416,6 +425,7 @@ def _table_of(tokenizer: Tokenizer) -> _Table:
         flaws=np.fromiter((codes[role] for role in roles), np.int64, n_ids),
         unknown_decoder=unknown_decoder,
         implied_space="WordPiece" in kinds,
+        forgetful='"Precompiled"' in json.dumps(config["normalizer"]),
         encoder=_encoder(config),
         lossy=lossy,
         missing=missing,
@@ -551,7 +561,7 @@ def _hide_specials(config: dict[str, Any]) -> None:
     model = config["model"]
     keep = model.get("unk_token")
     renamed = {
-        token["content"]: f"\U0010ffff{token['id']}\U0010ffff"
+        token["content"]: f"{_HIDDEN}{token['id']}"
         for token in config["added_tokens"]
         if token["special"] and token["content"] != keep
     }

@@ -56,6 +56,20 @@ MUTANTS = (
         "if error.start < 0 and error.end == len(window) == _WINDOW:",
         "tests/test_offsets.py",
     ),
+    # text that looks like a special token is one
+    Mutant(
+        "minigold/offsets.py",
+        "encoder.encode_special_tokens = True",
+        "encoder.encode_special_tokens = False",
+        "tests/test_offsets.py",
+    ),
+    # what a normalizer deleted at the start is not counted
+    Mutant(
+        "minigold/offsets.py",
+        "np.array([1, 1, 0]) * len(_utf8(text[:n]))",
+        "np.array([0, 0, 0]) * len(_utf8(text[:n]))",
+        "tests/test_invariants.py",
+    ),
     # a word's space before T5's first word
     Mutant(
         "minigold/offsets.py",
@@ -94,8 +108,8 @@ MUTANTS = (
     # a boundary stands before the last of the tokens without text, not the first
     Mutant(
         "minigold/align.py",
-        "& (following > spans[:-1, 0]) &",
-        "& (following < np.append(spans[2:, 0], reached[-1:])) &",
+        "& text_follows & (following > spans[:-1, 0])",
+        "& text_follows & (following < np.append(spans[2:, 0], reached[-1:]))",
         "tests/test_align.py",
     ),
     # bytes without a token are no reason

@@ -20,13 +20,14 @@ LOST = 4
 def _clean(spans: Sequence[Span]) -> dict[int, int]:
     """Clean boundaries inside one side: byte -> the smallest number of tokens before it.
 
-    The byte before it belongs to a token: one without text, after a gap, closes nothing.
+    The bytes beside it belong to tokens: one without text, beside a gap, closes or opens nothing.
     """
     found: dict[int, int] = {}
     for n in range(1, len(spans)):
         at = max(span[1] for span in spans[:n])
         ends_there = any(start < end == at for start, end, *_flaw in spans[:n])
-        if ends_there and at == min(span[0] for span in spans[n:]):
+        starts_there = any(at == start < end for start, end, *_flaw in spans[n:])
+        if ends_there and starts_there and at == min(span[0] for span in spans[n:]):
             found.setdefault(at, n)
     return found
 
