@@ -53,8 +53,8 @@ def align(student_spans: ArrayLike, teacher_spans: ArrayLike) -> Chunks:
 
     Returns:
         `Chunks`; a chunk's flaw is the smallest non-zero flaw of its tokens, else 4 (lost bytes)
-        where one side's tokens do not cover all of it, else 0. No chunks if there is no text and
-        one side is empty.
+        where one side's tokens do not cover all of it or are none, else 0. No chunks where both
+        sides are empty.
 
     Raises:
         ValueError: for spans that are not such a list.
@@ -65,9 +65,8 @@ def align(student_spans: ArrayLike, teacher_spans: ArrayLike) -> Chunks:
     """
     student, teacher = _checked(student_spans, "student"), _checked(teacher_spans, "teacher")
     end = max(int(side[:, 1].max(initial=0)) for side in (student, teacher))
-    if end == 0 and min(len(student), len(teacher)) == 0:
-        none = np.zeros(0, dtype=np.int64)
-        return Chunks(none, none, none, none, none, none, none)
+    if len(student) == len(teacher) == 0:
+        return Chunks(*np.zeros((7, 0), dtype=np.int64))
     student_at, student_index = _boundaries(student)
     teacher_at, teacher_index = _boundaries(teacher)
     place = np.searchsorted(teacher_at, student_at)
@@ -79,6 +78,7 @@ def align(student_spans: ArrayLike, teacher_spans: ArrayLike) -> Chunks:
     teacher_cut = np.concatenate(([0], teacher_index[in_teacher], [len(teacher)]))
     own = np.minimum(_flaws(student, student_cut), _flaws(teacher, teacher_cut))
     lost = _lost(student, student_cut, end) | _lost(teacher, teacher_cut, end)
+    lost |= min(len(student), len(teacher)) == 0
     flaw = np.where(own < _NONE, own, _LOST * lost)
     ranges = (student_cut[:-1], student_cut[1:], teacher_cut[:-1], teacher_cut[1:])
     return Chunks(*ranges, bounds[:-1], bounds[1:], flaw)

@@ -139,7 +139,7 @@ def answer_of(
         teacher_ids, chunks = list(ids), _one_per_token(spans, finished=finished)
     else:
         teacher_ids, teacher_spans = encode_continuation(teacher_tokenizer, text)
-        chunks = _aligned(spans, teacher_spans)
+        chunks = align(spans, teacher_spans)
         if finished:
             flaw = EXACT if ids[-1] == end_id else SPECIAL
             chunks = _with_end(
@@ -151,14 +151,6 @@ def answer_of(
         prompt, prompt_ids, ids, finished, on_policy, text, teacher_prompt_ids, teacher_ids,
         noncanonical, chunks,
     )  # fmt: skip
-
-
-def _aligned(spans: Array, teacher_spans: Array) -> Chunks:
-    """As `align`; tokens without any text, such as markers alone, are one chunk too."""
-    chunks, n, m = align(spans, teacher_spans), len(spans), len(teacher_spans)
-    if len(chunks.flaw) or not (n or m):
-        return chunks
-    return Chunks(*(np.array([x]) for x in (0, n, 0, m, 0, 0, SPECIAL)))
 
 
 def _with_end(chunks: Chunks, n_student: int, n_teacher: int, size: int, flaw: int) -> Chunks:

@@ -6,24 +6,41 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
+from tokenizers import Tokenizer
 
 import minigold
+from minigold.compare import (
+    Alignment,
+    Lexicon,
+    aligned,
+    as_json,
+    asked,
+    figures,
+    lexicon,
+    shared_mass,
+)
 from minigold.config import NOT_BUILT, Config, option_name
 from minigold.data import read_prompts
-from minigold.load import load
+from minigold.load import load, resolve
+from minigold.page import page
+from minigold.picture import table, terminal
 from minigold.train import Step, distill
 
 __all__ = ["main"]
 
 log = logging.getLogger("minigold")
-COMMANDS_NOT_BUILT = ("align", "generate", "eval", "score", "report")
+COMMANDS = ("train", "align", "demo")
+COMMANDS_NOT_BUILT = ("generate", "eval", "score", "report")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,8 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse_unbuilt(args)
         chosen = _parser().parse_args(args)
         chosen.run(chosen)
+        sys.stdout.flush()  # here, where a reader that has gone is expected
     except SystemExit as end:
         return int(end.code or 0)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"minigold: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -65,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse_unbuilt(args: Sequence[str]) -> None:
     if args and args[0] in COMMANDS_NOT_BUILT:
         raise ValueError(
-            f"expected a command that this version has (train, demo), got {args[0]!r}, "
+            f"expected a command that this version has ({', '.join(COMMANDS)}), got {args[0]!r}, "
             "which is not built yet"
         )
-    for arg in args:
+    for arg in args if args[:1] == ["train"] else ():
         name = arg.partition("=")[0]
         if name in NOT_BUILT:
             raise ValueError(f"{name} is not built yet ({NOT_BUILT[name]}); leave it out")
@@ -79,8 +100,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="minigold", description="On-policy distillation across tokenizers (GOLD)."
     )
     parser.add_argument("--version", action="version", version=f"minigold {minigold.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,demo}", parser_class=_Parser)
+    metavar = f"{{{','.join(COMMANDS)}}}"
+    commands = parser.add_subparsers(required=True, metavar=metavar, parser_class=_Parser)
+    _train_options(commands)
+    _align_options(commands)
+    demo = commands.add_parser("demo", help="the main job in three minutes on two CPU cores")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="new or empty folder of the run (default: none is written)",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of the run (default 0)")
+    demo.set_defaults(run=_demo)
+    return parser
 
+
+def _train_options(commands: Any) -> None:
     train = commands.add_parser("train", help="distil a teacher into a student")
     train.add_argument(
         "--teacher", required=True, help="Hugging Face folder or hub name (required)"
@@ -106,16 +142,29 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(option_name(f.name), default=f.default, help=text, **kind)
     train.set_defaults(run=_train)
 
-    demo = commands.add_parser("demo", help="the main job in three minutes on two CPU cores")
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        help="new or empty folder of the run (default: none is written)",
+
+def _align_options(commands: Any) -> None:
+    align = commands.add_parser("align", help="show how two tokenizers cut a text")
+    model = (
+        "folder with tokenizer.json, or that file, or hub name; if both are folders with weights, "
+        "these are read too, for what each model gives to shared tokens, unless you name "
+        "tokenizer.json itself (required)"
     )
-    demo.add_argument("--seed", type=int, default=0, help="of the run (default 0)")
-    demo.set_defaults(run=_demo)
-    return parser
+    align.add_argument("--teacher", required=True, help=model)
+    align.add_argument("--student", required=True, help=model)
+    align.add_argument("text", nargs="?", metavar="TEXT",
+                       help="the text (default: standard input)")  # fmt: skip
+    align.add_argument("--file", type=Path,
+                       help="file of the text, UTF-8, taken byte for byte (default: none)")  # fmt: skip
+    align.add_argument("--jsonl", action="store_true", help=(
+        'read {"text": "..."} or {"student_ids": [...]} from standard input, one a line, and write '
+        "the object of --json for each (default False)"))  # fmt: skip
+    align.add_argument("--json", action="store_true", help=(
+        "write one object in place of the picture: text, student and teacher spans and chunks, in "
+        "bytes of UTF-8 (default False)"))  # fmt: skip
+    align.add_argument("--html", type=Path, metavar="FILE",
+                       help="write the picture as a page too (default: none)")  # fmt: skip
+    align.set_defaults(run=_align)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -137,6 +186,141 @@ def _train(args: argparse.Namespace) -> None:
 
     history = distill(student, teacher, prompts, config, out=args.out, on_step=show)
     print(json.dumps({"out": str(args.out), **history[-1]}))
+
+
+def _align(args: argparse.Namespace) -> None:
+    _check_align(args)
+    if args.jsonl:
+        student, teacher = _lexicon(args.student), _lexicon(args.teacher)
+        for number, line in enumerate(_input("lines"), start=1):
+            try:
+                row = as_json(aligned(student, teacher, asked(line)))
+            except ValueError as error:
+                raise ValueError(f"line {number} of standard input: {error}") from error
+            print(json.dumps(row), flush=True)
+        return
+    text = _text(args)
+    student, teacher = _lexicon(args.student), _lexicon(args.teacher)
+    alignment = aligned(student, teacher, text)
+    if args.json:
+        print(json.dumps(as_json(alignment)))
+    if args.json and args.html is None:
+        return
+    told = figures(alignment, student, teacher, mass=_mass(args, alignment))
+    if not args.json:
+        width = shutil.get_terminal_size().columns
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        colour = sys.stdout.isatty() and not plain
+        drawn = terminal(alignment, width=width, colour=colour, ascii_only=_ascii_only())
+        print(drawn, table(told, width=width), json.dumps(told), sep="\n")
+    if args.html is not None:
+        write_whole(args.html, page(alignment, told))
+        log.info("written to %s", args.html)
+
+
+def _check_align(args: argparse.Namespace) -> None:
+    """Refuses what contradicts itself, before anything is read."""
+    given = {"TEXT": args.text, "--file": args.file, "--html": args.html}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.jsonl and given:
+        raise ValueError(
+            f"expected --jsonl to read standard input alone, got {' and '.join(given)} too; "
+            "leave it out"
+        )
+    if args.text is not None and args.file is not None:
+        raise ValueError("expected one of TEXT and --file, got both; leave one out")
+    if args.html is not None:
+        check_target(args.html)
+
+
+def _input(what: str) -> BinaryIO:
+    """Standard input, as bytes."""
+    if sys.stdin is None or (sys.stdin.isatty() and what == "text"):
+        raise ValueError("expected a text, got none; give TEXT, --file FILE, or standard input")
+    return sys.stdin.buffer
+
+
+def _text(args: argparse.Namespace) -> str:
+    """The text to align; no line end is changed."""
+    if args.text is not None:
+        return str(args.text)
+    if args.file is not None and (args.file.is_dir() or not args.file.exists()):
+        kind = "the folder" if args.file.is_dir() else "no"
+        raise ValueError(f"expected a file of text, found {kind} {args.file}; check the path")
+    data = _input("text").read() if args.file is None else args.file.read_bytes()
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 in {args.file or 'standard input'}, got byte 0x{data[error.start]:02x} "
+            f"at byte {error.start}; save it as UTF-8"
+        ) from error
+
+
+def _lexicon(name: str) -> Lexicon:
+    """A tokenizer: of a folder, a file, or a hub name."""
+    path = Path(name).expanduser()
+    label = path.absolute().name if path.exists() else name
+    if path.exists() and not path.is_dir():
+        label = path.absolute().parent.name if path.name == "tokenizer.json" else label
+    else:
+        path = resolve(name) / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected tokenizer.json in {path.parent}, found none; convert the tokenizer once with "
+            f"transformers: AutoTokenizer.from_pretrained(…).save_pretrained({str(path.parent)!r})"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise ValueError(f"expected a tokenizer in {path}, got {error}; check the file") from error
+    return lexicon(label, tokenizer)
+
+
+def _mass(args: argparse.Namespace, alignment: Alignment) -> tuple[float | None, float | None]:
+    """What the models give to shared tokens, if both names are folders with weights."""
+    folders = [Path(name).expanduser() for name in (args.student, args.teacher)]
+    if not all(any(folder.glob("model.safetensors*")) for folder in folders):
+        return None, None
+    log.info("reading both models for the mass of shared tokens; name tokenizer.json to do without")
+    try:
+        return shared_mass(load(args.student), load(args.teacher), alignment)
+    except (ValueError, OSError) as error:
+        log.warning("the mass of shared tokens is left out: %s", " ".join(str(error).split()))
+        return None, None
+
+
+def check_target(path: Path) -> None:
+    """Refuses what a file cannot be written to: folders, devices and pipes, absent folders.
+
+    Renaming a file over a device would replace the device, for everything on the machine.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no file that can be replaced"
+        raise ValueError(f"expected a file to write to, got {path}, {kind}; name another")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected a folder for {path}, found none; make it first")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its place and then renames it, so that no reader sees half of it."""
+    check_target(path)
+    target = path.resolve()  # a link stays a link
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _ascii_only() -> bool:
+    """Whether standard output cannot write the signs of the picture."""
+    try:
+        "│┊…✗∅◌⏎‹你🙂".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def _covers(spans: Sequence[Span], start: int, end: int) -> bool:
 def align_slow(student: Sequence[Span], teacher: Sequence[Span]) -> list[Chunk]:
     """Chunks (s0, s1, t0, t1, start, end, flaw) by trying every byte of the text as a boundary."""
     end = max([span[1] for span in [*student, *teacher]], default=0)
-    if end == 0 and not (student and teacher):
+    if not (student or teacher):
         return []
     cuts = [(0, 0, 0)]
     clean_student, clean_teacher = _clean(student), _clean(teacher)
@@ -53,7 +53,8 @@ def align_slow(student: Sequence[Span], teacher: Sequence[Span]) -> list[Chunk]:
     for (start, s0, t0), (stop, s1, t1) in pairwise(cuts):
         mine, theirs = student[s0:s1], teacher[t0:t1]
         flaws = [span[2] for span in [*mine, *theirs] if span[2]]
-        if not (flaws or (_covers(mine, start, stop) and _covers(theirs, start, stop))):
+        covered = _covers(mine, start, stop) and _covers(theirs, start, stop)
+        if not flaws and not (covered and mine and theirs):
             flaws = [LOST]
         chunks.append((s0, s1, t0, t1, start, stop, min(flaws, default=0)))
     return chunks

@@ -80,7 +80,8 @@ def test_one_tokenization_gives_one_chunk_per_token(lengths: list[int]) -> None:
 
 CASES = {
     "no text": ([], [], []),
-    "special only": ([(0, 0, 2)], [], []),
+    "special only": ([(0, 0, 2)], [], [(0, 1, 0, 0, 0, 0, 2)]),
+    "no text and no reason": ([(0, 0), (0, 0)], [], [(0, 2, 0, 0, 0, 0, LOST)]),
     "both without text": ([(0, 0, 2)], [(0, 0, 3)], [(0, 1, 0, 1, 0, 0, 2)]),
     "nothing encoded": ([(0, 1), (1, 3)], [], [(0, 2, 0, 0, 0, 3, LOST)]),
     "many to one": ([(0, 1), (1, 2), (2, 3)], [(0, 2), (2, 3)], [(0, 2, 0, 1), (2, 3, 1, 2)]),
