@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import torch
-from tokenizers import Tokenizer
 
 import minigold
 from minigold.compare import (
@@ -31,8 +30,9 @@ from minigold.compare import (
 )
 from minigold.config import NOT_BUILT, Config, option_name
 from minigold.data import read_prompts
-from minigold.load import load, resolve
+from minigold.load import load, read_tokenizer, resolve
 from minigold.page import page
+from minigold.pair import check_student
 from minigold.picture import table, terminal
 from minigold.train import Step, distill
 
@@ -193,6 +193,8 @@ def _align(args: argparse.Namespace) -> None:
     if args.jsonl:
         student, teacher = _lexicon(args.student), _lexicon(args.teacher)
         for number, line in enumerate(_input("lines"), start=1):
+            if not line.strip():
+                continue  # as in a file of prompts
             try:
                 row = as_json(aligned(student, teacher, asked(line)))
             except ValueError as error:
@@ -201,6 +203,10 @@ def _align(args: argparse.Namespace) -> None:
         return
     text = _text(args)
     student, teacher = _lexicon(args.student), _lexicon(args.teacher)
+    try:
+        check_student(student.tokenizer)
+    except ValueError as error:
+        log.warning("this student would be refused in training: %s", error)
     alignment = aligned(student, teacher, text)
     if args.json:
         print(json.dumps(as_json(alignment)))
@@ -261,20 +267,11 @@ def _lexicon(name: str) -> Lexicon:
     """A tokenizer: of a folder, a file, or a hub name."""
     path = Path(name).expanduser()
     label = path.absolute().name if path.exists() else name
-    if path.exists() and not path.is_dir():
+    if path.is_file():
         label = path.absolute().parent.name if path.name == "tokenizer.json" else label
     else:
-        path = resolve(name) / "tokenizer.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"expected tokenizer.json in {path.parent}, found none; convert the tokenizer once with "
-            f"transformers: AutoTokenizer.from_pretrained(…).save_pretrained({str(path.parent)!r})"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise ValueError(f"expected a tokenizer in {path}, got {error}; check the file") from error
-    return lexicon(label, tokenizer)
+        path = resolve(name, weights=False) / "tokenizer.json"
+    return lexicon(label, read_tokenizer(path))
 
 
 def _mass(args: argparse.Namespace, alignment: Alignment) -> tuple[float | None, float | None]:

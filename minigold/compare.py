@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokenizers import Tokenizer
 
 from minigold.align import align
+from minigold.data import parse_object
 from minigold.offsets import (
     EXACT,
     FLAWS,
@@ -143,16 +144,11 @@ def asked(raw: bytes) -> str | list[int]:
     >>> asked(b'{"text": "hi"}'), asked(b'{"student_ids": [5, 6]}')
     ('hi', [5, 6])
     """
-    try:
-        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+    row = parse_object(raw, like='{"text": "…"}')
+    if len(row) != 1 or not row.keys() <= {"text", "student_ids"}:
         raise ValueError(
-            f'expected JSON such as {{"text": "…"}}, got {error}; write one object a line, in UTF-8'
-        ) from error
-    if type(row) is not dict or len(row) != 1 or not row.keys() <= {"text", "student_ids"}:
-        got = f"the keys {', '.join(map(repr, row)) or 'none'}" if type(row) is dict else _kind(row)
-        raise ValueError(
-            f'expected an object with one of "text" and "student_ids" alone, got {got}; keep one'
+            f'expected an object with one of "text" and "student_ids" alone, got the keys '
+            f"{', '.join(map(repr, row)) or 'none'}; keep one"
         )
     ((key, value),) = row.items()
     if key == "text" and type(value) is str:
@@ -161,12 +157,6 @@ def asked(raw: bytes) -> str | list[int]:
         return value
     expected = "text" if key == "text" else "a list of whole numbers"
     raise ValueError(f"expected {key} to be {expected}, got {_kind(value)}; correct it")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key twice")
-    return dict(pairs)
 
 
 def _kind(value: Any) -> str:

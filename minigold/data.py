@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Message", "Prompt", "read_prompts"]
+__all__ = ["Message", "Prompt", "parse_object", "read_prompts"]
 
 Message = dict[str, Any]
 COLUMNS = ("prompt", "messages", "completion", "teacher_prompt", "answer")
@@ -77,7 +77,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
         if raw.strip():
             try:
-                prompts.append(_prompt(_parse(raw), number))
+                prompts.append(_prompt(parse_object(raw), number))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not prompts:
@@ -87,7 +87,15 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes, *, like: str = '{"prompt": "…"}') -> dict[str, Any]:
+    """The JSON object of a line: each key once, no NaN or infinity, no half of a surrogate pair.
+
+    Args:
+        like: an example for the message.
+
+    Raises:
+        ValueError: it is no such object.
+    """
     if raw.startswith(b"\xef\xbb\xbf"):
         raise ValueError("expected JSON, got a byte order mark; save the file as UTF-8 without BOM")
     try:
@@ -113,7 +121,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("expected one JSON object, got deep nesting; flatten it") from error
     if type(value) is not dict:
-        raise ValueError(f'expected an object such as {{"prompt": "…"}}, got {_kind(value)}')
+        raise ValueError(f"expected an object such as {like}, got {_kind(value)}")
     return value
 
 

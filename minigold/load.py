@@ -22,7 +22,7 @@ from minigold.chat import render
 from minigold.model import Decoder
 from minigold.weights import load_decoder
 
-__all__ = ["LanguageModel", "load", "resolve"]
+__all__ = ["LanguageModel", "load", "read_tokenizer", "resolve"]
 
 logger = logging.getLogger("minigold")
 
@@ -71,7 +71,7 @@ def load(
         ValueError: a file that cannot be read or used, or no id that ends an answer.
     """
     folder = resolve(name)
-    tokenizer = _tokenizer(folder)
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     settings = _json(folder / "tokenizer_config.json")
     specials = dict(settings)
     if "added_tokens_decoder" not in settings:  # older folders: the map wins, as in `transformers`
@@ -142,11 +142,17 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         ) from error
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, without truncation and padding.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no tokenizer.
+    """
     if not path.is_file():
+        folder = path.parent
         raise FileNotFoundError(
-            f"expected tokenizer.json in {folder}, found none; convert the tokenizer once with "
+            f"expected {path.name} in {folder}, found none; convert the tokenizer once with "
             f"transformers: AutoTokenizer.from_pretrained({str(folder)!r})"
             f".save_pretrained({str(folder)!r})"
         )
