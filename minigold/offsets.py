@@ -36,10 +36,10 @@ FLAWS = (
 
 _SPACE = 0x20
 _HIDDEN = secrets.token_hex(32)  # names of special tokens begin with it, and no text has it
+_SEPARATORS = "\x1c\x1d\x1e\x1f"  # white space for Python, not for Unicode
 _BATCH = 16384  # strings encoded at a time: bounds the memory of their encodings
 _WINDOW = 512  # bytes decoded at a time: an error holds a copy of all that it was given
 _SUPPORTED = ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
-_SPLITS_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class _Table:
     flaws: Int64
     unknown_decoder: str  # the step that leaves the bytes of an id in running text open, or ""
     implied_space: bool  # WordPiece: a word's leading space is implied, not read from the text
+    n_tokens: int
+    added: frozenset[int]
     forgetful: bool  # of characters that its normalizer deletes at the start, see `_n_deleted`
     encoder: Tokenizer
     lossy: bool  # pieces without a token vanish, and offsets after one are off inside its word
@@ -118,9 +120,7 @@ def first_pieces(tokenizer: Tokenizer, strings: Iterable[bytes]) -> dict[bytes, 
     keys = list(texts)
     for at in range(0, len(keys), _BATCH):
         batch = keys[at : at + _BATCH]
-        encodings = table.encoder.encode_batch(
-            [texts[key] for key in batch], add_special_tokens=False
-        )
+        encodings = _encoded(table, [texts[key] for key in batch])
         for key, encoding in zip(batch, encodings, strict=True):
             piece = table.token_bytes[encoding.ids[0]] if encoding.ids else b""
             if piece and key.startswith(piece):
@@ -173,10 +173,17 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[list[int], Int
         ValueError: a text with lone surrogates, or a tokenizer that cannot encode a continuation.
     """
     table, data = _table(tokenizer), _utf8(text)
-    if table.forgetful and (n := _n_deleted(table.encoder, text)):
-        ids, spans = encode_continuation(tokenizer, text[n:])
-        return ids, spans + np.array([1, 1, 0]) * len(_utf8(text[:n]))
-    encoding = table.encoder.encode(text, add_special_tokens=False)
+    (encoding,) = _encoded(table, [text])
+    if table.forgetful:
+        added = [end for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)
+                 if i in table.added]  # fmt: skip
+        for at in (0, *added):
+            if n := _n_deleted(table.encoder, text[at:]):
+                head, tail = (
+                    encode_continuation(tokenizer, x) for x in (text[:at], text[at + n :])
+                )
+                shift = np.array([1, 1, 0]) * len(_utf8(text[: at + n]))
+                return head[0] + tail[0], np.concatenate((head[1], tail[1] + shift))
     pieces = [table.token_bytes[i] for i in encoding.ids]
     flaws = table.flaws[np.asarray(encoding.ids, dtype=np.int64)]
     whole = None if flaws.any() else _fit(pieces, data, 0, len(data), table.missing)
@@ -272,14 +279,25 @@ def _utf8(text: str) -> bytes:
         ) from error
 
 
+def _encoded(table: _Table, texts: list[str]) -> list[Encoding]:
+    try:
+        return table.encoder.encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise ValueError(
+            f"tokenizer: expected one that encodes any text, got {error}; repair its unknown token"
+        ) from error
+
+
 def _n_deleted(encoder: Tokenizer, text: str) -> int:
     """Characters that the normalizer deletes at the start; offsets after them do not count them.
 
-    That is so in `tokenizers` with a Precompiled normalizer (T5, XLM-R). White space is no such
-    character, since what becomes of it depends on what follows.
+    That is so in `tokenizers` with a Precompiled normalizer (T5, XLM-R), for the text and for each
+    part of it after an added token. White space is no such character, since what becomes of it
+    depends on what follows.
     """
     normalize: Callable[[str], str] = encoder.normalizer.normalize_str
-    return next((i for i, c in enumerate(text) if c.isspace() or normalize(c)), len(text))
+    kept = (i for i, c in enumerate(text) if (c.isspace() and c not in _SEPARATORS) or normalize(c))
+    return next(kept, len(text))
 
 
 def _spans_of_group(
@@ -325,7 +343,7 @@ def _groups(encoding: Encoding, text: str, lossy: bool) -> list[tuple[int, ...]]
     """
     if not encoding.ids:
         return []
-    starts, ends = np.asarray(encoding.offsets, dtype=np.int64).T
+    starts, ends = np.minimum(np.asarray(encoding.offsets, dtype=np.int64).T, len(text))
     if lossy:
         words = np.asarray([-1 if w is None else w for w in encoding.word_ids])
         cut = np.flatnonzero(words[1:] != words[:-1]) + 1
@@ -390,7 +408,7 @@ def _table(tokenizer: Tokenizer) -> _Table:
             "transformers tokenizer give .backend_tokenizer"
         )
     table = _table_of(tokenizer)
-    if tokenizer.id_to_token(len(table.roles)) is not None:  # tokens were added since
+    if tokenizer.get_vocab_size() != table.n_tokens:  # tokens were added since
         _table_of.cache_clear()
         table = _table_of(tokenizer)
     return table
@@ -398,21 +416,25 @@ def _table(tokenizer: Tokenizer) -> _Table:
 
 @lru_cache(maxsize=16)
 def _table_of(tokenizer: Tokenizer) -> _Table:
-    """The table of a tokenizer, made once: later changes other than added tokens are not seen."""
+    """The table of a tokenizer, made once: of later changes only new tokens are seen."""
     config = json.loads(tokenizer.to_str())
     steps, unknown_decoder = _decoder_steps(config["decoder"])
     kinds = [step["type"] for step in steps]
+    _normalize_added(tokenizer, config)
     added = {token["id"]: token["content"] for token in config["added_tokens"]}
     pieces = {i: piece for piece, i in tokenizer.get_vocab(with_added_tokens=True).items()} | added
     n_ids = max(pieces, default=-1) + 1
     roles = _roles(tokenizer, config, pieces, n_ids)
+    suffix = config["model"].get("end_of_word_suffix") or ""
     if unknown_decoder:
         alone = tokenizer.decode_batch([[i] for i in range(n_ids)], skip_special_tokens=False)
         spelled = [text.encode("utf-8") for text in alone]
     else:
         literal = added if "ByteLevel" in kinds else {}  # not written in the byte-level alphabet
         spelled = [
-            literal[i].encode("utf-8") if i in literal else _spell(pieces.get(i, ""), steps)
+            literal[i].encode("utf-8")
+            if i in literal
+            else _spell(pieces.get(i, "").removesuffix(suffix), steps)
             for i in range(n_ids)
         ]
     spelled = [x if role == "text" else b"" for x, role in zip(spelled, roles, strict=True)]
@@ -423,13 +445,26 @@ def _table_of(tokenizer: Tokenizer) -> _Table:
         roles=tuple(roles),
         lengths=np.fromiter(map(len, spelled), np.int64, n_ids),
         flaws=np.fromiter((codes[role] for role in roles), np.int64, n_ids),
-        unknown_decoder=unknown_decoder,
+        unknown_decoder=unknown_decoder or (suffix and f"words that end in {suffix}"),
         implied_space="WordPiece" in kinds,
+        n_tokens=tokenizer.get_vocab_size(),
+        added=frozenset(added),
         forgetful='"Precompiled"' in json.dumps(config["normalizer"]),
         encoder=_encoder(config),
         lossy=lossy,
         missing=missing,
     )
+
+
+def _normalize_added(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    """Added tokens as they are looked for, in place: `normalized` ones (the default) normalized.
+
+    With Llama 2's Prepend such a token begins with `▁`, and is found where a space stands before it.
+    """
+    if config["normalizer"] is not None:
+        for token in config["added_tokens"]:
+            if token["normalized"] and not token["special"]:
+                token["content"] = tokenizer.normalizer.normalize_str(token["content"])
 
 
 def _roles(
@@ -463,11 +498,18 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> tuple[list[dict[str, Any]]
     """The decoder's steps, and the first of them that is not supported ("" if all are)."""
     outer = decoder or {"type": "none"}
     steps = outer["decoders"] if outer["type"] == "Sequence" else [outer]
+    before: set[str] = set()
     for step in steps:
-        whole = step["type"] == "Strip" and (step["start"] > 1 or step["stop"] > 0)
-        pattern = step["type"] == "Replace" and "String" not in step["pattern"]
-        if step["type"] not in _SUPPORTED or whole or pattern:
+        kind = step["type"]
+        allowed = kind in _SUPPORTED and (kind == "Fuse" or "ByteLevel" not in before)
+        if kind == "Strip":  # of the whole text, which is one piece then
+            allowed = (step["content"], step["stop"]) == (" ", 0) and step["start"] <= 1
+            allowed &= "Fuse" in before
+        elif kind == "Replace":
+            allowed &= "String" in step["pattern"]
+        if not allowed:
             return steps, json.dumps(step)
+        before.add(kind)
     return steps, ""
 
 
@@ -482,7 +524,7 @@ def _spell(piece: str, steps: Sequence[dict[str, Any]]) -> bytes:
         elif kind == "WordPiece":
             prefix = step["prefix"]
             piece = piece[len(prefix) :] if piece.startswith(prefix) else " " + piece
-        elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         elif kind == "ByteLevel" and _BYTE_LEVEL.fullmatch(piece):
             return piece.translate(_TO_LATIN_1).encode("latin-1")
@@ -546,12 +588,13 @@ def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
     if step["type"] != "Sequence":
         return step
     key = "normalizers" if "normalizers" in step else "pretokenizers"
-    kinds = [inner["type"] for inner in step[key]]
-    if "Metaspace" in kinds and any(kind in _SPLITS_SPACES for kind in kinds):
-        raise ValueError(
-            f"pre_tokenizer: expected Metaspace alone, got {' + '.join(kinds)}, which puts a space "
-            "before every word; text cannot be encoded as a continuation, use another tokenizer"
-        )
+    for inner in step[key][1:]:
+        if inner.get("prepend_scheme") == "always" or inner.get("add_prefix_space"):
+            raise ValueError(
+                f"pre_tokenizer: expected {inner['type']} to come first, or to put no space before "
+                f"text, got {' + '.join(part['type'] for part in step[key])}, which puts a space "
+                "before every piece; text cannot be encoded as a continuation, use another tokenizer"
+            )
     edited = [_without_prefix(inner) for inner in step[key]]
     return {**step, key: [inner for inner in edited if inner is not None]}
 
@@ -576,7 +619,10 @@ def _hide_specials(config: dict[str, Any]) -> None:
         model["merges"] = [
             (left, right)
             for left, right in model["merges"]
-            if left not in renamed and right not in renamed and left + right not in renamed
+            if left not in renamed
+            and right not in renamed
+            and left + right.removeprefix(model.get("continuing_subword_prefix") or "")
+            not in renamed
         ]
     for token in config["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])

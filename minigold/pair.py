@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 import minigold
@@ -30,6 +30,7 @@ from minigold.events import Events, match
 from minigold.load import LanguageModel
 from minigold.offsets import (
     EXACT,
+    UNKNOWN,
     Vocabulary,
     encode_continuation,
     first_pieces,
@@ -44,6 +45,7 @@ log = logging.getLogger("minigold")
 
 PLAIN = {  # a student must write these as they are, as far as it has tokens for them
     "letters": "abcDEF",
+    "digits": "0123456789",
     "punctuation": "it's(a),b.c;[d]={e}",
     "spaces": "a b c",
     "runs of spaces": "a  b    c",
@@ -51,7 +53,6 @@ PLAIN = {  # a student must write these as they are, as far as it has tokens for
     "tabs": "a\tb",
 }
 OTHER = {
-    "digits": "0 1 23 456",
     "accents": "é Å ñ ü ç",
     "combining accents": "e\u0301 n\u0303",
     "compatibility characters": "ﬁ ½ Ｔ ²",
@@ -96,20 +97,27 @@ def make_pair(student: LanguageModel, teacher: LanguageModel) -> Pair:
 def check_student(tokenizer: Tokenizer) -> None:
     """Refuses a tokenizer whose ids do not say what the text was, so that it cannot be a student.
 
-    The probe is plain text: letters of both cases, punctuation, spaces, line breaks, tabs.
-    Characters without a token may be missing (a student never writes them), but what is there must
+    The probe is plain text: letters of both cases, digits, punctuation, spaces, line breaks, tabs.
+    Characters without a token may be missing (a student never writes them), but what has one must
     come back as it was. Lowercase, spaces run together or put around punctuation do not.
 
     Raises:
-        ValueError: it writes another text, or its decoder is not supported.
+        ValueError: it writes another text or none of it, or its decoder is not supported.
     """
+    tokens = set(vocabulary(tokenizer).token_bytes)
 
     def written(text: str) -> str:
         return text_of_ids(tokenizer, encode_continuation(tokenizer, text)[0])
 
+    if not any(map(written, PLAIN.values())):
+        raise ValueError(
+            "expected a student that can write plain text, got a tokenizer that knows no word of "
+            f"{list(PLAIN.values())}; it can be the teacher's only"
+        )
     for kind, text in PLAIN.items():
-        known = "".join(c for c in text if written(c))
-        if written(text) not in (text, known, ""):
+        known = "".join(c for c in text if c.encode() in tokens or written(c))
+        is_unknown = {UNKNOWN} == set(spans_of_text(tokenizer, text)[:, 2].tolist())
+        if written(text) not in (text, known) and not is_unknown:
             raise ValueError(
                 f"expected a student whose tokens say what the text was, got a tokenizer that "
                 f"writes {text!r} as {written(text)!r} ({kind}): the teacher would read another "
@@ -131,6 +139,7 @@ def lost_text(tokenizer: Tokenizer) -> list[str]:
 # -- vocabularies --------------------------------------------------------------------------------
 
 Side = tuple[Tokenizer, Sequence[int], int]  # tokenizer, ids that end a turn, number of ids
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 def matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
@@ -140,17 +149,22 @@ def matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
     """
     if student[2] + teacher[2] < KEEP_FROM:
         return _matched(student, teacher)
-    path = cache_folder() / f"vocabularies-{_key(student, teacher)}.safetensors"
+    key = _key(student, teacher)
     try:
-        return _restored(load_file(path))
+        path = cache_folder() / f"vocabularies-{key}.safetensors"
+    except RuntimeError as error:  # no home folder
+        log.warning("the matched vocabularies are not kept: %s; set MINIGOLD_CACHE", error)
+        return _matched(student, teacher)
+    try:
+        return _restored(_read(path, key))
     except FileNotFoundError:
         pass
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         log.warning("expected two vocabularies in %s, got %s; they are matched anew", path, error)
     both = _matched(student, teacher)
     try:
-        _save(path, both)
-    except OSError as error:
+        _save(path, key, both)
+    except (OSError, SafetensorError) as error:
         log.warning("the matched vocabularies are not kept: %s; set MINIGOLD_CACHE", error)
     return both
 
@@ -163,9 +177,14 @@ def cache_folder() -> Path:
 def _matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
     ours, theirs = (vocabulary(t, end_ids=ends, size=n) for t, ends, n in (student, teacher))
     spelled = set(ours.token_bytes), set(theirs.token_bytes)
+
+    def pieces(tokenizer: Tokenizer, own: set[bytes], other: set[bytes]) -> dict[bytes, bytes]:
+        found = first_pieces(tokenizer, other - own)
+        return {text: first for text, first in found.items() if first in own}  # else it ends a turn
+
     return (
-        replace(ours, first_pieces=first_pieces(student[0], spelled[1] - spelled[0])),
-        replace(theirs, first_pieces=first_pieces(teacher[0], spelled[0] - spelled[1])),
+        replace(ours, first_pieces=pieces(student[0], *spelled)),
+        replace(theirs, first_pieces=pieces(teacher[0], *spelled[::-1])),
     )
 
 
@@ -179,17 +198,32 @@ def _key(student: Side, teacher: Side) -> str:
     return found.hexdigest()[:32]
 
 
-def _save(path: Path, both: tuple[Vocabulary, Vocabulary]) -> None:
+def _digest(key: str, arrays: Arrays) -> str:
+    found = hashlib.sha256(key.encode())
+    for name in sorted(arrays):
+        one = arrays[name]
+        found.update(f"{name} {one.dtype} {one.shape}".encode() + one.tobytes())
+    return found.hexdigest()
+
+
+def _read(path: Path, key: str) -> Arrays:
+    """The arrays of a file, if they are what was saved under this key."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if (file.metadata() or {}).get("sha256") != _digest(key, arrays):
+            raise ValueError("other contents than were saved")
+    return arrays
+
+
+def _save(path: Path, key: str, both: tuple[Vocabulary, Vocabulary]) -> None:
     """Written beside and renamed, so that no reader sees half of it."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
+    arrays: Arrays = {}
     for name, one, other in (("student", *both), ("teacher", *both[::-1])):
         own_id = {text: i for i, text in enumerate(one.token_bytes)}
         other_id = {text: i for i, text in enumerate(other.token_bytes)}
-        pieces = [  # one that is no text here, since it ends a turn, is no event either
-            [other_id[text], own_id[first]]
-            for text, first in one.first_pieces.items()
-            if first in own_id
-        ]
+        pieces = [[other_id[text], own_id[first]] for text, first in one.first_pieces.items()]
         arrays |= {
             f"{name}.bytes": np.frombuffer(b"".join(one.token_bytes), dtype=np.uint8),
             f"{name}.ends": np.cumsum([len(text) for text in one.token_bytes], dtype=np.int64),
@@ -198,11 +232,12 @@ def _save(path: Path, both: tuple[Vocabulary, Vocabulary]) -> None:
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save_file(arrays, Path(folder) / path.name)
+        digest = {"sha256": _digest(key, arrays)}
+        save_file(arrays, Path(folder) / path.name, metadata=digest)
         (Path(folder) / path.name).replace(path)
 
 
-def _restored(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Vocabulary, Vocabulary]:
+def _restored(arrays: Arrays) -> tuple[Vocabulary, Vocabulary]:
     spelled, roles = [], []
     for name in ("student", "teacher"):
         joined, ends = arrays[f"{name}.bytes"].tobytes(), arrays[f"{name}.ends"].tolist()

@@ -96,8 +96,8 @@ def known(name: str) -> Known:
     byte_level = config["decoder"]["type"] == "ByteLevel"
     pieces, roles = [], []
     for i in range(max(tokenizer.get_vocab().values()) + 1):
-        piece = added[i]["content"] if i in added else tokenizer.id_to_token(i)
         special = i in added and added[i]["special"]
+        piece = added[i]["content"] if special else tokenizer.id_to_token(i)
         role = "none" if piece is None else "special" if special else "text"
         roles.append("unknown" if i == unknown else role)
         if roles[-1] != "text":

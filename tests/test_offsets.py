@@ -43,6 +43,7 @@ from tokenizers_for_tests import (
     byte_bpe_nfc,
     char_bpe_lossy,
     sentencepiece_bpe,
+    t5,
     unigram,
     wordpiece,
 )
@@ -406,6 +407,101 @@ def test_a_space_at_the_start_is_kept_and_one_at_the_end_is_lost_where_texts_are
     assert pieces_of(tokenizer, " a ") == [("Ġa", 0, 2, EXACT)]
 
 
+def test_an_added_token_that_llama_2_normalizes_has_its_space() -> None:
+    tokenizer = Tokenizer.from_str(sentencepiece_bpe().to_str())
+    tokenizer.add_tokens(["<tool>"])
+    text = "x <tool> he"
+    theirs = tokenizer.encode(text, add_special_tokens=False).ids
+    ids, spans = encode_continuation(tokenizer, " " + text)
+    assert ids == theirs
+    assert text_of_ids(tokenizer, ids) == " " + text
+    assert spans_of_ids(tokenizer, ids).tolist() == spans.tolist()
+    assert not spans[:, 2].any()
+
+
+def test_what_a_precompiled_normalizer_deletes_after_an_added_token_is_counted() -> None:
+    tokenizer = Tokenizer.from_str(t5().to_str())
+    tokenizer.add_tokens([AddedToken("{", normalized=False)])
+    text = "b{\x01aaa{\x01\x01{h"
+    places = {(start, end) for piece, start, end, _ in pieces_of(tokenizer, text) if piece == "a"}
+    assert places == {(3, 4), (4, 5), (5, 6)}
+    assert pieces_of(tokenizer, text)[-2:] == [("{", 9, 10, EXACT), ("h", 10, 11, EXACT)]
+    assert spans_of_text(tokenizer, "\x01\x1f").tolist() == []
+
+
+def test_words_that_end_in_a_mark_are_read_without_it() -> None:
+    """CLIP's kind: byte-level, `</w>` at the end of each word."""
+    vocab = {"a": 0, "b": 1, "b</w>": 2, "Ã": 3, "©</w>": 4, "a</w>": 5}
+    tokenizer = Tokenizer(models.BPE(vocab, [], end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    assert pieces_of(tokenizer, "ab é") == [
+        ("a", 0, 1, EXACT), ("b</w>", 1, 2, EXACT), ("Ã", 3, 4, EXACT), ("©</w>", 4, 5, EXACT),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="got words that end in </w>; what a sampled id stands"):
+        spans_of_ids(tokenizer, [0])
+
+
+def test_a_tokenizer_without_its_unknown_token_is_refused() -> None:
+    tokenizer = Tokenizer(models.WordPiece({"a": 0}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(
+        ValueError, match=r"expected one that encodes any text, got .*UNK.*; repair"
+    ):
+        encode_continuation(tokenizer, "b")
+    with pytest.raises(ValueError, match="expected one that encodes any text"):
+        first_pieces(tokenizer, [b"b"])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [decoders.Strip(" ", 1, 0), decoders.Fuse()],
+        [decoders.Fuse(), decoders.Strip("x", 1, 0)],
+        [decoders.ByteLevel(), decoders.Replace("a", "b")],
+    ],
+)
+def test_steps_of_a_decoder_in_an_order_that_hides_what_a_token_stands_for(
+    steps: list[Any],
+) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.decoder = decoders.Sequence(steps)
+    with pytest.raises(ValueError, match="decoder: expected one made of"):
+        spans_of_ids(tokenizer, [0])
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=True)],
+        [pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace(prepend_scheme="always")],
+    ],
+)
+def test_a_space_before_every_part_is_refused(parts: list[Any]) -> None:
+    tokenizer = Tokenizer.from_str(byte_bpe().to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    with pytest.raises(ValueError, match="puts a space before every piece; text cannot"):
+        encode_continuation(tokenizer, "a")
+    tokenizer = Tokenizer.from_str(byte_bpe().to_str())
+    first = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first])
+    assert pieces_of(tokenizer, "he")[0][0] == "he"
+
+
+def test_a_token_added_into_a_hole_is_seen() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 5}, unk_token="a"))
+    tokenizer.decoder = decoders.Fuse()
+    assert vocabulary(tokenizer).roles[1] == "none"
+    tokenizer.add_tokens(["zz"])
+    hole = tokenizer.token_to_id("zz")
+    assert text_of_ids(tokenizer, [hole]) == "zz"
+
+
 # -- vocabularies --------------------------------------------------------------------------------
 
 
@@ -552,7 +648,9 @@ def test_a_space_before_every_piece_is_refused() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()]
     )
-    with pytest.raises(ValueError, match=r"expected Metaspace alone, got Whitespace \+ Metaspace"):
+    with pytest.raises(
+        ValueError, match=r"expected Metaspace to come first, .* Whitespace \+ Metaspace"
+    ):
         encode_continuation(tokenizer, "a")
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from minigold import pair
 from minigold.events import match
-from minigold.offsets import Vocabulary
 from minigold.pair import check_student, lost_text, make_pair, matched
 from minigold.rollout import collect, sample_answers
 from test_train import CONFIG, PROMPTS
@@ -54,6 +54,13 @@ def marked_ends() -> Tokenizer:
     return tokenizer
 
 
+def words() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "cat": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
 # -- probes --------------------------------------------------------------------------------------
 
 
@@ -85,6 +92,23 @@ def test_a_student_may_lack_characters_but_not_change_text(make: Callable[[], To
             lambda: edited(byte_bpe(), normalizer=normalizers.Replace("'", "`")),
             r"writes \"it's\(a.* as 'it`s\(a.*\(punctuation\)",
         ),
+        (
+            lambda: edited(byte_bpe(), normalizer=normalizers.Replace(" ", "")),
+            r"writes 'a b c' as 'abc' \(spaces\)",
+        ),
+        (
+            lambda: edited(byte_bpe(), normalizer=normalizers.Replace("\n", "")),
+            r"writes 'a\\nb\\n\\n  c' as 'ab  c' \(line breaks\)",
+        ),
+        (
+            lambda: edited(byte_bpe(), normalizer=normalizers.Replace(Regex("[A-Z]"), "")),
+            r"writes 'abcDEF' as 'abc' \(letters\)",
+        ),
+        (
+            lambda: edited(byte_bpe(), normalizer=normalizers.Replace(Regex("[0-9]"), "0")),
+            r"writes '0123456789' as '0000000000' \(digits\)",
+        ),
+        (words, "expected a student that can write plain text, got a tokenizer that knows no word"),
         (marked_ends, r'got \{"type": "BPEDecoder".* not known'),
     ],
 )
@@ -156,14 +180,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def without_use(both: tuple[Vocabulary, Vocabulary]) -> list[Any]:
-    """All of both but first pieces that are no text token of their side (they are no events)."""
-    return [
-        (v.token_bytes, v.roles, {k: p for k, p in v.first_pieces.items() if p in v.token_bytes})
-        for v in both
-    ]
-
-
 @pytest.mark.parametrize("left", FAMILIES)
 @pytest.mark.parametrize("right", FAMILIES)
 def test_kept_vocabularies_come_back_as_they_were(left: str, right: str, cache: Path) -> None:
@@ -172,7 +188,7 @@ def test_kept_vocabularies_come_back_as_they_were(left: str, right: str, cache: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair, "_matched", None)
         again = matched(side(left), side(right))
-    assert without_use(fresh) == without_use(again)
+    assert fresh == again
     for one, two in zip(*(vars(match(*both)).values() for both in (fresh, again)), strict=True):
         if hasattr(one, "event_V"):
             assert one.event_V.tolist() == two.event_V.tolist()
@@ -192,7 +208,7 @@ def test_another_pair_is_kept_apart(cache: Path) -> None:
         ((grown, left[1], left[2]), right),
     ):
         before = len(list(cache.glob("*"))) if cache.exists() else 0
-        assert without_use(matched(*sides)) == without_use(pair._matched(*sides))
+        assert matched(*sides) == pair._matched(*sides)
         assert len(list(cache.iterdir())) == before + 1
 
 
@@ -216,11 +232,31 @@ def spoil_ends(path: Path) -> None:
     save_file(arrays, path)
 
 
+def spoil_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def spoil_other(path: Path) -> None:
+    """Another pair's file under this name."""
+    other = path.parent / "other"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIGOLD_CACHE", str(other))
+        matched(side("byte_bpe"), side("wordpiece"))
+    (found,) = other.iterdir()
+    found.replace(path)
+    other.rmdir()
+
+
 def spoil_empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("spoil", [spoil_torn, spoil_key, spoil_roles, spoil_ends, spoil_empty])
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_torn, spoil_key, spoil_roles, spoil_ends, spoil_bit, spoil_other, spoil_empty],
+)
 def test_a_spoiled_file_is_told_and_made_anew(
     spoil: Callable[[Path], None], cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,7 +266,7 @@ def test_a_spoiled_file_is_told_and_made_anew(
     spoil(path)
     with caplog.at_level(logging.WARNING, "minigold"):
         again = matched(side("byte_bpe"), side("unigram"))
-    assert without_use(again) == without_use(fresh)
+    assert again == fresh
     assert "they are matched anew" in caplog.text
     assert path.read_bytes() == whole
     assert list(cache.iterdir()) == [path]
@@ -245,6 +281,26 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     assert both[0].roles[1] == "end"
     assert "are not kept" in caplog.text
     assert "set MINIGOLD_CACHE" in caplog.text
+
+
+def test_a_full_disk_and_a_missing_home_stop_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_args: Any, **_fields: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pair, "save_file", fails)
+    fresh = pair._matched(side("byte_bpe"), side("unigram"))
+    with caplog.at_level(logging.WARNING, "minigold"):
+        assert matched(side("byte_bpe"), side("unigram")) == fresh
+        assert list(cache.iterdir()) == []
+        monkeypatch.delenv("MINIGOLD_CACHE")
+        monkeypatch.setattr(Path, "home", homeless)
+        assert matched(side("byte_bpe"), side("unigram")) == fresh
+    assert caplog.text.count("are not kept") == 2
 
 
 def test_small_vocabularies_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

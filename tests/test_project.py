@@ -223,9 +223,9 @@ def test_no_pickle_in_the_package() -> None:
 
 
 def test_modules_can_be_read_in_one_sitting() -> None:
-    """At most 400 lines of code: without blank lines, comments and docstrings."""
+    """At most 450 lines of code: without blank lines, comments and docstrings."""
     sizes = {path.name: len(code_lines(path.read_text("utf-8"))) for path in SOURCES}
-    assert {name: n for name, n in sizes.items() if n > 400} == {}
+    assert {name: n for name, n in sizes.items() if n > 450} == {}
 
 
 def test_every_source_names_its_licence() -> None:
