@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import minigold
-from minigold import batch, rollout, teacher
+from minigold import batch, pair, teacher
 from minigold.align import Chunks, align
 from minigold.demo import DEMO, accuracy, demo_models, run_demo
 from minigold.demo_task import held_out, warm_up
@@ -62,7 +62,7 @@ def shifted(student_spans: Any, teacher_spans: Any) -> Chunks:
 
 def spoiled(**changes: dict[str, Any]) -> Callable[[], Any]:
     """A context in which names of modules are replaced."""
-    modules = {"batch": batch, "rollout": rollout, "teacher": teacher}
+    modules = {"batch": batch, "pair": pair, "teacher": teacher}
 
     @contextmanager
     def context() -> Iterator[None]:
@@ -81,7 +81,7 @@ def no_overhang(_measures_S5: np.ndarray, chunks: Chunks) -> np.ndarray:
 
 ARMS = {
     "gold": spoiled(),
-    "shuffled": spoiled(rollout={"match": shuffled}),
+    "shuffled": spoiled(pair={"match": shuffled}),
     "shifted": spoiled(batch={"align": shifted}),
     "no-carry": spoiled(teacher={"_covers": lambda *_args: []}, batch={"_stays": no_overhang}),
 }
