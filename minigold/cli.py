@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -29,7 +28,7 @@ from minigold.compare import (
     shared_mass,
 )
 from minigold.config import NOT_BUILT, Config, option_name
-from minigold.data import read_prompts
+from minigold.data import check_target, read_prompts, write_whole
 from minigold.load import load, read_tokenizer, resolve
 from minigold.page import page
 from minigold.pair import check_student
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, as a shell tells it
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"minigold: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -220,7 +219,7 @@ def _align(args: argparse.Namespace) -> None:
         drawn = terminal(alignment, width=width, colour=colour, ascii_only=_ascii_only())
         print(drawn, table(told, width=width), json.dumps(told), sep="\n")
     if args.html is not None:
-        write_whole(args.html, page(alignment, told))
+        write_whole(args.html, page(alignment, told).encode("utf-8"))
         log.info("written to %s", args.html)
 
 
@@ -285,30 +284,6 @@ def _mass(args: argparse.Namespace, alignment: Alignment) -> tuple[float | None,
     except (ValueError, OSError) as error:
         log.warning("the mass of shared tokens is left out: %s", " ".join(str(error).split()))
         return None, None
-
-
-def check_target(path: Path) -> None:
-    """Refuses what a file cannot be written to: folders, devices and pipes, absent folders.
-
-    Renaming a file over a device would replace the device, for everything on the machine.
-    """
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no file that can be replaced"
-        raise ValueError(f"expected a file to write to, got {path}, {kind}; name another")
-    if not path.parent.is_dir():
-        raise ValueError(f"expected a folder for {path}, found none; make it first")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file beside its place and then renames it, so that no reader sees half of it."""
-    check_target(path)
-    target = path.resolve()  # a link stays a link
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8", newline="\n")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _ascii_only() -> bool:

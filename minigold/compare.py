@@ -92,11 +92,7 @@ class Lexicon:
 
 
 def lexicon(name: str, tokenizer: Tokenizer) -> Lexicon:
-    """Prepares a tokenizer once for any number of texts.
-
-    Raises:
-        ValueError: a tokenizer whose tokens' bytes are not known.
-    """
+    """Prepares a tokenizer once for any number of texts."""
     return Lexicon(name, tokenizer, vocabulary(tokenizer))
 
 
@@ -104,7 +100,8 @@ def aligned(student: Lexicon, teacher: Lexicon, given: str | Sequence[int]) -> A
     """Aligns a text, or the text that the student's ids say, as the continuation of other text.
 
     Raises:
-        ValueError: a text with lone surrogates, or ids that the student does not have.
+        ValueError: a text with lone surrogates, ids that the student does not have, or ids of a
+            tokenizer that can only read text.
     """
     if isinstance(given, str):
         text = given

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Message", "Prompt", "parse_object", "read_prompts"]
+__all__ = ["Message", "Prompt", "check_target", "parse_object", "read_prompts", "write_whole"]
 
 Message = dict[str, Any]
 COLUMNS = ("prompt", "messages", "completion", "teacher_prompt", "answer")
@@ -123,6 +124,33 @@ def parse_object(raw: bytes, *, like: str = '{"prompt": "…"}') -> dict[str, An
     if type(value) is not dict:
         raise ValueError(f"expected an object such as {like}, got {_kind(value)}")
     return value
+
+
+def check_target(path: Path) -> None:
+    """Refuses what a file cannot be written to: folders, devices and pipes, absent folders.
+
+    Renaming a file over a device would replace the device, for everything on the machine.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no file that can be replaced"
+        raise ValueError(f"expected a file to write to, got {path}, {kind}; name another")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected a folder for {path}, found none; make it first")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file beside its place and renames it, so that no reader sees half of it.
+
+    Raises:
+        ValueError: see `check_target`.
+        OSError: nothing can be written there.
+    """
+    check_target(path)
+    target = path.resolve()  # a link stays a link
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
+        part = Path(folder) / target.name
+        part.write_bytes(data)
+        part.replace(target)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -36,7 +36,6 @@ FLAWS = (
 
 _SPACE = 0x20
 _HIDDEN = secrets.token_hex(32)  # names of special tokens begin with it, and no text has it
-_SEPARATORS = "\x1c\x1d\x1e\x1f"  # white space for Python, not for Unicode
 _BATCH = 16384  # strings encoded at a time: bounds the memory of their encodings
 _WINDOW = 512  # bytes decoded at a time: an error holds a copy of all that it was given
 _SUPPORTED = ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
@@ -69,7 +68,7 @@ class _Table:
     implied_space: bool  # WordPiece: a word's leading space is implied, not read from the text
     n_tokens: int
     added: frozenset[int]
-    forgetful: bool  # of characters that its normalizer deletes at the start, see `_n_deleted`
+    forgetful: bool  # of characters that its normalizer deletes at the start, see `_remembered`
     encoder: Tokenizer
     lossy: bool  # pieces without a token vanish, and offsets after one are off inside its word
     missing: NDArray[np.bool_]  # [256], bytes that have no token
@@ -173,27 +172,15 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[list[int], Int
         ValueError: a text with lone surrogates, or a tokenizer that cannot encode a continuation.
     """
     table, data = _table(tokenizer), _utf8(text)
-    (encoding,) = _encoded(table, [text])
-    if table.forgetful:
-        added = [end for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)
-                 if i in table.added]  # fmt: skip
-        for at in (0, *added):
-            if n := _n_deleted(table.encoder, text[at:]):
-                head, tail = (
-                    encode_continuation(tokenizer, x) for x in (text[:at], text[at + n :])
-                )
-                shift = np.array([1, 1, 0]) * len(_utf8(text[: at + n]))
-                return head[0] + tail[0], np.concatenate((head[1], tail[1] + shift))
-    pieces = [table.token_bytes[i] for i in encoding.ids]
-    flaws = table.flaws[np.asarray(encoding.ids, dtype=np.int64)]
-    whole = None if flaws.any() else _fit(pieces, data, 0, len(data), table.missing)
-    if whole is not None:
-        return encoding.ids, whole
-    spans, reached = np.zeros((len(flaws), 3), dtype=np.int64), 0
-    for i, j, first, *ends in _groups(encoding, text, table.lossy):
-        start, own = _read_space(table, pieces[i:j], data, first, reached)
-        spans[i:j], reached = _spans_of_group(table, own, flaws[i:j], data, start, ends), ends[-1]
-    return encoding.ids, spans
+    if not table.forgetful:
+        return _encoded_with_spans(table, text, data)
+    ids: list[int] = []
+    spans, at = [], _bytes_before(text)
+    for start, stop in _remembered(table, text):
+        part_ids, part = _encoded_with_spans(table, text[start:stop], data[at[start] : at[stop]])
+        ids += part_ids
+        spans.append(part + np.array([at[start], at[start], 0]))
+    return ids, np.concatenate(spans)
 
 
 def spans_of_text(tokenizer: Tokenizer, text: str) -> Int64:
@@ -288,16 +275,45 @@ def _encoded(table: _Table, texts: list[str]) -> list[Encoding]:
         ) from error
 
 
-def _n_deleted(encoder: Tokenizer, text: str) -> int:
-    """Characters that the normalizer deletes at the start; offsets after them do not count them.
+def _encoded_with_spans(table: _Table, text: str, data: bytes) -> tuple[list[int], Int64]:
+    """Ids and spans of a text with these bytes, by the offsets of `tokenizers`."""
+    (encoding,) = _encoded(table, [text])
+    pieces = [table.token_bytes[i] for i in encoding.ids]
+    flaws = table.flaws[np.asarray(encoding.ids, dtype=np.int64)]
+    whole = None if flaws.any() else _fit(pieces, data, 0, len(data), table.missing)
+    if whole is not None:
+        return encoding.ids, whole
+    spans, reached = np.zeros((len(flaws), 3), dtype=np.int64), 0
+    for i, j, first, *ends in _groups(encoding, text, table.lossy):
+        start, own = _read_space(table, pieces[i:j], data, first, reached)
+        spans[i:j], reached = _spans_of_group(table, own, flaws[i:j], data, start, ends), ends[-1]
+    return encoding.ids, spans
 
-    That is so in `tokenizers` with a Precompiled normalizer (T5, XLM-R), for the text and for each
-    part of it after an added token. White space is no such character, since what becomes of it
-    depends on what follows.
+
+def _remembered(table: _Table, text: str) -> list[tuple[int, int]]:
+    """The parts of a text (in characters) between what its normalizer deletes at their starts.
+
+    In `tokenizers` a Precompiled normalizer (T5, XLM-R) deletes characters, and where they begin the
+    text, or what follows an added token, later offsets do not count them. White space is no such
+    character, since what becomes of it depends on what follows.
     """
-    normalize: Callable[[str], str] = encoder.normalizer.normalize_str
-    kept = (i for i, c in enumerate(text) if (c.isspace() and c not in _SEPARATORS) or normalize(c))
-    return next(kept, len(text))
+    (encoding,), normalize = _encoded(table, [text]), table.encoder.normalizer.normalize_str
+    is_added = (i in table.added for i in encoding.ids)
+    begins = [0, *(end for (_, end), yes in zip(encoding.offsets, is_added, strict=True) if yes)]
+    cuts = []
+    for begin in begins:
+        at = begin
+        while at < len(text) and not (normalize(text[at]) or _is_space(text[at])):
+            at += 1
+        if at > begin or begin == 0:
+            cuts.append((begin, at))
+    stops = [*(begin for begin, _ in cuts[1:]), len(text)]
+    return [(at, stop) for (_, at), stop in zip(cuts, stops, strict=True)]
+
+
+def _is_space(character: str) -> bool:
+    """Unicode's white space; Python counts four separators of ASCII as well."""
+    return character.isspace() and not "\x1c" <= character <= "\x1f"
 
 
 def _spans_of_group(

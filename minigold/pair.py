@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer
 
-import minigold
+from minigold import offsets
+from minigold.data import write_whole
 from minigold.events import Events, match
 from minigold.load import LanguageModel
 from minigold.offsets import (
@@ -112,7 +112,7 @@ def check_student(tokenizer: Tokenizer) -> None:
     if not any(map(written, PLAIN.values())):
         raise ValueError(
             "expected a student that can write plain text, got a tokenizer that knows no word of "
-            f"{list(PLAIN.values())}; it can be the teacher's only"
+            f"{list(PLAIN.values())}; it can only be the teacher's"
         )
     for kind, text in PLAIN.items():
         known = "".join(c for c in text if c.encode() in tokens or written(c))
@@ -121,7 +121,7 @@ def check_student(tokenizer: Tokenizer) -> None:
             raise ValueError(
                 f"expected a student whose tokens say what the text was, got a tokenizer that "
                 f"writes {text!r} as {written(text)!r} ({kind}): the teacher would read another "
-                "text than the student meant; such a tokenizer can be the teacher's only"
+                "text than the student meant; such a tokenizer can only be the teacher's"
             )
 
 
@@ -164,7 +164,7 @@ def matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
     both = _matched(student, teacher)
     try:
         _save(path, key, both)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         log.warning("the matched vocabularies are not kept: %s; set MINIGOLD_CACHE", error)
     return both
 
@@ -189,9 +189,9 @@ def _matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
 
 
 def _key(student: Side, teacher: Side) -> str:
-    """Of all that the result depends on."""
-    versions = [minigold.__version__, tokenizers.__version__]
-    found = hashlib.sha256(json.dumps(versions).encode())
+    """Of all that the result depends on, the code that reads tokenizers included."""
+    found = hashlib.sha256(tokenizers.__version__.encode())
+    found.update(Path(offsets.__file__).read_bytes())
     for tokenizer, end_ids, size in (student, teacher):
         found.update(json.dumps([list(end_ids), size]).encode())
         found.update(hashlib.sha256(tokenizer.to_str().encode()).digest())
@@ -218,7 +218,6 @@ def _read(path: Path, key: str) -> Arrays:
 
 
 def _save(path: Path, key: str, both: tuple[Vocabulary, Vocabulary]) -> None:
-    """Written beside and renamed, so that no reader sees half of it."""
     arrays: Arrays = {}
     for name, one, other in (("student", *both), ("teacher", *both[::-1])):
         own_id = {text: i for i, text in enumerate(one.token_bytes)}
@@ -231,10 +230,7 @@ def _save(path: Path, key: str, both: tuple[Vocabulary, Vocabulary]) -> None:
             f"{name}.pieces": np.array(pieces, dtype=np.int64).reshape(-1, 2),
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        digest = {"sha256": _digest(key, arrays)}
-        save_file(arrays, Path(folder) / path.name, metadata=digest)
-        (Path(folder) / path.name).replace(path)
+    write_whole(path, save(arrays, metadata={"sha256": _digest(key, arrays)}))
 
 
 def _restored(arrays: Arrays) -> tuple[Vocabulary, Vocabulary]:

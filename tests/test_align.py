@@ -147,6 +147,7 @@ def test_fields_are_int64_and_inputs_stay() -> None:
     [
         ([(0, 1.5)], r"student spans: expected integers .* got float64 of shape \(1, 2\)"),
         ([(0, 1, 2, 3)], r"expected integers of shape \[n, 2\] or \[n, 3\].*\(1, 4\)"),
+        (np.zeros((5, 0), dtype=np.int64), r"got int64 of shape \(5, 0\)"),
         ([0, 1], r"got int64 of shape \(2,\); make them with minigold.offsets"),
         ([(-1, 2)], r"got \[-1, 2, 0\] at token 0 after nothing"),
         ([(0, 2), (3, 2)], r"expected 0 <= start <= end.* got \[3, 2, 0\] at token 1"),

@@ -427,6 +427,9 @@ def test_what_a_precompiled_normalizer_deletes_after_an_added_token_is_counted()
     assert places == {(3, 4), (4, 5), (5, 6)}
     assert pieces_of(tokenizer, text)[-2:] == [("{", 9, 10, EXACT), ("h", 10, 11, EXACT)]
     assert spans_of_text(tokenizer, "\x01\x1f").tolist() == []
+    ids, spans = encode_continuation(tokenizer, "a{\x01" * 5000)
+    assert len(ids) == 10000
+    assert spans[-1].tolist() == [3 * 5000 - 2, 3 * 5000 - 1, EXACT]
 
 
 def test_words_that_end_in_a_mark_are_read_without_it() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -161,7 +160,7 @@ def test_a_teacher_that_loses_text_reads_what_it_can(
 
 def test_a_refused_student_is_refused_before_training() -> None:
     student = tiny_model("llama", wordpiece(), end="[SEP]", seed=1)
-    with pytest.raises(ValueError, match="such a tokenizer can be the teacher's only"):
+    with pytest.raises(ValueError, match="such a tokenizer can only be the teacher's"):
         make_pair(student, tiny_model("llama", byte_bpe(), end="<|im_end|>", seed=1))
 
 
@@ -283,16 +282,39 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     assert "set MINIGOLD_CACHE" in caplog.text
 
 
+def test_a_folder_in_the_place_of_the_file_stops_nothing(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = matched(side("byte_bpe"), side("unigram"))
+    (path,) = cache.iterdir()
+    path.unlink()
+    path.mkdir()
+    with caplog.at_level(logging.WARNING, "minigold"):
+        assert matched(side("byte_bpe"), side("unigram")) == fresh
+    assert "are not kept: expected a file to write to, got" in caplog.text
+
+
+def test_other_code_does_not_read_what_this_code_kept(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matched(side("byte_bpe"), side("unigram"))
+    edited_code = tmp_path / "offsets.py"
+    edited_code.write_bytes(Path(pair.offsets.__file__).read_bytes() + b"# edited\n")
+    monkeypatch.setattr(pair.offsets, "__file__", str(edited_code))
+    matched(side("byte_bpe"), side("unigram"))
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_a_full_disk_and_a_missing_home_stop_nothing(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_args: Any, **_fields: Any) -> None:
-        raise SafetensorError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(pair, "save_file", fails)
+    monkeypatch.setattr(pair, "write_whole", fails)
     fresh = pair._matched(side("byte_bpe"), side("unigram"))
     with caplog.at_level(logging.WARNING, "minigold"):
         assert matched(side("byte_bpe"), side("unigram")) == fresh

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigold.align import align
-from minigold.cli import main, write_whole
+from minigold.cli import main
 from minigold.compare import (
     Alignment,
     Chunk,
@@ -36,6 +36,7 @@ from minigold.compare import (
     lexicon,
     shared_mass,
 )
+from minigold.data import write_whole
 from minigold.load import load
 from minigold.offsets import (
     BROKEN,
@@ -578,7 +579,7 @@ def test_a_tokenizer_that_can_only_teach_is_told(run: Run) -> None:
     for name, other in (("wordpiece.json", "byte_bpe.json"), ("byte_bpe.json", "wordpiece.json")):
         done = run("The fox", student=name, teacher=other)
         assert done.code == 0
-        told = "such a tokenizer can be the teacher's only" in done.err
+        told = "such a tokenizer can only be the teacher's" in done.err
         assert told == (name == "wordpiece.json")
 
 
@@ -677,14 +678,21 @@ def test_the_page_is_written_whole_and_told(run: Run, work: Path) -> None:
 def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"expected a file to write to, got .*pipe, no file"):
-        write_whole(tmp_path / "pipe", "page")
+        write_whole(tmp_path / "pipe", b"page")
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _data: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
     (tmp_path / "p.html").write_text("before", "utf-8")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(tmp_path / "p.html", "half \ud800")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "p.html", b"after")
     assert [(p.name, p.read_text("utf-8")) for p in tmp_path.iterdir()] == [("p.html", "before")]
 
 
