@@ -66,7 +66,7 @@ class _Table:
     flaws: Int64
     unknown_decoder: str  # the step that leaves the bytes of an id in running text open, or ""
     implied_space: bool  # WordPiece: a word's leading space is implied, not read from the text
-    n_tokens: int
+    next_id: int  # of the next token that is added
     added: frozenset[int]
     forgetful: bool  # of characters that its normalizer deletes at the start, see `_remembered`
     encoder: Tokenizer
@@ -424,7 +424,7 @@ def _table(tokenizer: Tokenizer) -> _Table:
             "transformers tokenizer give .backend_tokenizer"
         )
     table = _table_of(tokenizer)
-    if tokenizer.get_vocab_size() != table.n_tokens:  # tokens were added since
+    if tokenizer.id_to_token(table.next_id) is not None:  # tokens were added since
         _table_of.cache_clear()
         table = _table_of(tokenizer)
     return table
@@ -463,7 +463,7 @@ def _table_of(tokenizer: Tokenizer) -> _Table:
         flaws=np.fromiter((codes[role] for role in roles), np.int64, n_ids),
         unknown_decoder=unknown_decoder or (suffix and f"words that end in {suffix}"),
         implied_space="WordPiece" in kinds,
-        n_tokens=tokenizer.get_vocab_size(),
+        next_id=n_ids if (size := tokenizer.get_vocab_size()) in pieces else size,
         added=frozenset(added),
         forgetful='"Precompiled"' in json.dumps(config["normalizer"]),
         encoder=_encoder(config),
@@ -632,13 +632,11 @@ def _hide_specials(config: dict[str, Any]) -> None:
         renamed = {old: new for old, new in renamed.items() if old in pieces}
         model["vocab"] = [(renamed.get(piece, piece), score) for piece, score in model["vocab"]]
     if renamed and "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
         model["merges"] = [
             (left, right)
             for left, right in model["merges"]
-            if left not in renamed
-            and right not in renamed
-            and left + right.removeprefix(model.get("continuing_subword_prefix") or "")
-            not in renamed
+            if not ({left, right, left + right.removeprefix(prefix)} & renamed.keys())
         ]
     for token in config["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
