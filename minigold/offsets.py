@@ -169,6 +169,7 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[list[int], Int
     gap between spans; a token that reaches over one is LOST.
 
     Raises:
+        TypeError: a text that is no str.
         ValueError: a text with lone surrogates, or a tokenizer that cannot encode a continuation.
     """
     table, data = _table(tokenizer), _utf8(text)
@@ -257,6 +258,10 @@ def _in_text(broken: Int64, at: Int64, *, up: NDArray[np.bool_] | bool) -> Int64
 
 
 def _utf8(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(
+            f"text: expected str, got {type(text).__name__}; decode bytes as UTF-8 first"
+        )
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

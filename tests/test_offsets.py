@@ -597,6 +597,9 @@ def test_wrong_ids_are_refused(ids: Any, message: str) -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
+    no_text: Any = b"a"
+    with pytest.raises(TypeError, match="text: expected str, got bytes; decode bytes as UTF-8"):
+        encode_continuation(byte_bpe(), no_text)
     with pytest.raises(ValueError, match="lone surrogate at character 1; decode"):
         encode_continuation(byte_bpe(), "a\ud83d")
     with pytest.raises(ValueError, match=r"end_ids: expected ids in 0\.\.9, got 10"):
