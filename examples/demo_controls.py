@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from train_demo_models import drawn, fine_tune
 
 
-def shuffled(student: Vocabulary, other: Vocabulary) -> Events:
+def shuffled(student: Vocabulary, other: Vocabulary, *, kind: str) -> Events:
     """The events of both vocabularies, the teacher's renamed at random."""
-    events = match(student, other)
+    events = match(student, other, kind=kind)
     side, n = events.teacher, events.n_events
     order = torch.cat(
         [torch.randperm(n, generator=torch.Generator().manual_seed(0)), torch.tensor([n])]
@@ -75,8 +75,8 @@ def spoiled(**changes: dict[str, Any]) -> Callable[[], Any]:
     return context
 
 
-def no_overhang(_measures_S5: np.ndarray, chunks: Chunks) -> np.ndarray:
-    return np.zeros(len(chunks.s0))
+def no_overhang(_measures_S5: np.ndarray, first_C: np.ndarray, *_others: np.ndarray) -> np.ndarray:
+    return np.zeros(len(first_C))
 
 
 ARMS = {

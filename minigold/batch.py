@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts of both sides in, the chunks to train and the rows that carry them out.
 
-A `Rollout` is one answer as both models see it. `answer_of` aligns its two
-tokenizations, `rollout_of` adds up chunk log-probabilities; `pack` picks the states that the loss needs, so that the student's training
-pass runs no further than the last chosen chunk of a row.
+A `Rollout` is one answer as both models see it. `answer_of` aligns its two tokenizations,
+`rollout_of` adds up chunk log-probabilities, `pack` names the states that the loss needs. The
+student's training pass then runs no further than the last chosen chunk of a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from minigold.align import Chunks, align
 from minigold.data import Prompt
@@ -86,7 +85,9 @@ class Rollout:
             chunks of a text still add up to the sum of all tokens.
         scorable_C: bool, the chunk has a log-probability on both sides.
         observed_C: bool, its probability becomes an event of its own.
-        student_stay_C, teacher_stay_C: float64, nats, ln(1 - overhang) at the chunk's start.
+        student_stay_C, teacher_stay_C: float64, nats, ln(1 - overhang) at the chunk's start, as far
+            as it is carried over: 0 where the events carry nothing.
+        overhang_C: float64, 0 to 1, at the chunk's start: the larger of the two sides.
         student_measures_S5, teacher_measures_T5: `events.measure` of each token.
     """
 
@@ -98,6 +99,7 @@ class Rollout:
     observed_C: Array
     student_stay_C: Array
     teacher_stay_C: Array
+    overhang_C: Array
     student_measures_S5: Array
     teacher_measures_T5: Array
 
@@ -105,10 +107,12 @@ class Rollout:
     def chunks(self) -> Chunks:
         return self.answer.chunks
 
-    @property
-    def overhang_C(self) -> Array:
-        """float64, 0 to 1: the larger of the two sides, at the chunk's start."""
-        return -np.expm1(np.minimum(self.student_stay_C, self.teacher_stay_C))
+    def comparable_C(self, events: Events, max_overhang: float) -> Array:
+        """bool [C], chunks whose start is compared: with `strict`, those of one token each."""
+        c, found_C = self.chunks, self.overhang_C <= max_overhang
+        if events.kind == "strict" and not events.identical:
+            found_C = found_C & (c.s1 - c.s0 == 1) & (c.t1 - c.t0 == 1)
+        return found_C
 
 
 def answer_of(
@@ -181,10 +185,15 @@ def rollout_of(
     scorable_C = chunks.flaw == 0
     teacher_logp = np.append(score.logp_T.double().numpy(), score.end_logp)
     teacher_measures_T5 = score.measures_T5.double().numpy()
-    student_stay_C = _stays(student_measures_S5, chunks)
-    teacher_stay_C = np.array(
-        [score.carried[t].stay if t in score.carried else 0.0 for t in chunks.t0]
-    )
+    student_stay_C = _stays(student_measures_S5, chunks.s0, chunks.s1, chunks.flaw)
+    if events.carries:
+        carried = score.carried
+        teacher_stay_C = np.array([carried[t].stay if t in carried else 0.0 for t in chunks.t0])
+    else:
+        teacher_stay_C = _stays(teacher_measures_T5, chunks.t0, chunks.t1, chunks.flaw)
+    overhang_C = -np.expm1(np.minimum(student_stay_C, teacher_stay_C))
+    if not events.carries:
+        student_stay_C = teacher_stay_C = np.zeros(len(overhang_C))
     student_logp_C = _chunk_logps(
         student_logp_S.astype(np.float64), chunks.s0, chunks.s1, student_stay_C
     )
@@ -195,19 +204,22 @@ def rollout_of(
         np.where(scorable_C, student_logp_C, np.nan),
         np.where(scorable_C, teacher_logp_C, np.nan),
         scorable_C,
-        scorable_C & ~_is_one_event(answer, chunks, events),
+        scorable_C & ~_is_one_event(answer, chunks, events) & (events.kind == "prefix"),
         student_stay_C,
         teacher_stay_C,
+        overhang_C,
         student_measures_S5,
         teacher_measures_T5,
     )
 
 
-def _stays(measures_S5: Array, chunks: Chunks) -> Array:
-    """Of the student, at each chunk's start: by the last token before it, if that is the text's."""
-    inside_C = (chunks.s1 - chunks.s0 > 1).astype(np.int64)
-    after_C = np.where(chunks.flaw == EXACT, measures_S5[chunks.s1 - 1, inside_C], 0.0)
-    return np.concatenate(([0.0], after_C))[:-1]
+def _stays(measures_N5: Array, first_C: Array, stop_C: Array, flaw_C: Array) -> Array:
+    """ln(1 - overhang) at each chunk's start, by the last token before it, if that is the text's."""
+    if len(first_C) == 0:
+        return np.zeros(0)
+    inside = (stop_C - first_C > 1)[:-1].astype(np.int64)
+    after = np.where(flaw_C[:-1] == EXACT, measures_N5[stop_C[:-1] - 1, inside], 0.0)
+    return np.concatenate(([0.0], after))
 
 
 def _chunk_logps(logp: Array, first_C: Array, stop_C: Array, stay_C: Array) -> Array:
@@ -250,51 +262,51 @@ def _has_before(rollout: Rollout) -> Array:
 def head_rows(rollout: Rollout) -> Array:
     """int64 [C], how often the student's head runs for each chunk if it is chosen."""
     own_C = np.where(rollout.observed_C, rollout.chunks.s1 - rollout.chunks.s0, 1)
-    return own_C + (_has_before(rollout))
+    return own_C + _has_before(rollout)
 
 
 def pack(
     rollouts: Sequence[Rollout],
     chosen: Sequence[Array],
-    states: Sequence[Tensor],
     *,
+    student_starts: Sequence[int],
+    teacher_starts: Sequence[int],
     teacher_end_id: int,
-) -> tuple[Tensor, Tensor, ChunkRows]:
-    """Student states, teacher states and chunk rows of the chosen chunks, end to end.
+    device: torch.device | str = "cpu",
+) -> ChunkRows:
+    """The rows of the chosen chunks, end to end.
 
     Args:
         chosen: a bool mask of chunks per rollout, at least one true in all.
-        states: the student's completion states of each rollout (`needed_states` of them).
+        student_starts, teacher_starts: where each completion's states (state i predicts token i)
+            start among those that the loss is given.
     """
-    student, teacher = [], []
-    table: list[tuple[int, int, int]] = []  # chunk, id, kind of each student row
+    table: list[tuple[int, int, int, int]] = []  # place, chunk, id, kind of each student row
     carry: list[tuple[int, Carried]] = []
-    teacher_ids: list[int] = []
+    teacher: list[tuple[int, int]] = []  # place, id
     logps: list[float] = []
     observed: list[bool] = []
-    for rollout, chosen_C, hidden_SD in zip(rollouts, chosen, states, strict=True):
-        picked, places = np.flatnonzero(chosen_C), []
-        for c in picked.tolist():
+    for rollout, mask, s_start, t_start in zip(
+        rollouts, chosen, student_starts, teacher_starts, strict=True
+    ):
+        for c in np.flatnonzero(mask).tolist():
             t = int(rollout.chunks.t0[c])
-            for place, kind in _student_rows(rollout, c):
-                table.append((len(observed), rollout.answer.ids[place], kind))
-                places.append(place)
+            for s, kind in _student_rows(rollout, c):
+                table.append((s_start + s, len(observed), rollout.answer.ids[s], kind))
             if t in rollout.score.carried:
                 carry.append((len(observed), rollout.score.carried[t]))
-            teacher_ids.append([*rollout.answer.teacher_ids, teacher_end_id][t])
+            teacher.append((t_start + t, [*rollout.answer.teacher_ids, teacher_end_id][t]))
             logps.append(rollout.teacher_logp_C[c] if rollout.scorable_C[c] else 0.0)
             observed.append(bool(rollout.observed_C[c]))
-        student.append(hidden_SD[places])
-        teacher.append(rollout.score.hidden_MD[rollout.chunks.t0[picked].tolist()])
-    device = states[0].device
-    rows = ChunkRows(
+    place_C, id_C = torch.tensor(teacher, device=device).T.contiguous()
+    return ChunkRows(
         Rows(*torch.tensor(table, device=device).T.contiguous()),
-        torch.tensor(teacher_ids, device=device),
+        place_C,
+        id_C,
         torch.tensor(logps, device=device, dtype=torch.float32),
-        _joined(carry, device),
+        _joined(carry, torch.device(device)),
         torch.tensor(observed, device=device),
     )
-    return torch.cat(student), torch.cat(teacher), rows
 
 
 def _student_rows(rollout: Rollout, c: int) -> list[tuple[int, int]]:

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from minigold.disagree import WHERE
+from minigold.disagree import KNOWN_BEFORE, WHERE
+from minigold.events import EVENTS
 
 __all__ = ["NOT_BUILT", "Config", "option_name"]
 
@@ -19,7 +20,6 @@ NOT_BUILT = {  # options and values of the design that this version does not hav
     "--patience": "recovery from failed steps",
     "--dry-run": "the cost estimate",
     "--config": "TOML configuration files",
-    "--fraction": "the masks divergence and soft-or",
 }
 
 
@@ -43,11 +43,15 @@ class Config:
     temperature: float = _opt(1.0, "of sampling; 1 with top-p 1 and top-k 0 is pure on-policy")
     top_p: float = _opt(1.0, "nucleus of sampling; 1 is off")
     top_k: int = _opt(0, "most likely tokens to sample from; 0 is off")
-    events: str = _opt("prefix", "what is compared: prefix")
+    events: str = _opt("prefix", "what is compared: " + ", ".join(EVENTS))
     beta: float = _opt(0.5, "0 is KL(teacher||student), 1 is KL(student||teacher), between: JSD")
+    student_temperature: float = _opt(1.0, "of the student's distributions that are compared")
+    teacher_temperature: float = _opt(1.0, "of the teacher's")
     max_overhang: float = _opt(1.0, "chunk starts with more are not compared (0 to 1)")
     where: str = _opt("sampled", "which chunks are trained: " + ", ".join(WHERE))
-    threshold: float = _opt(0.5, "acceptance under which --where reject trains (0 to 1)")
+    threshold: float = _opt(0.5, "acceptance under which reject trains (0 to 1)")
+    fraction: float = _opt(0.35, "of a micro-batch, that divergence and soft-or train (0 to 1)")
+    replay: str = _opt("sampled", "the mask whose number of chunks a step --where random takes")
     lmbda: float = _opt(1.0, "share of rows that the student samples itself (0 to 1)")
     lr: float = _opt(2e-5, "peak learning rate of AdamW")
     warmup: int = _opt(10, "steps to the peak; after it a cosine to a tenth")
@@ -69,21 +73,26 @@ class Config:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("top_k", "warmup", "weight_decay", "clip", "seed", "temperature"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("beta", "max_overhang", "threshold", "lmbda"):
+        for name in ("beta", "max_overhang", "threshold", "fraction", "lmbda"):
             self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("lr", self.lr > 0, "above 0")
+        for name in ("lr", "student_temperature", "teacher_temperature"):
+            self._require(name, getattr(self, name) > 0, "above 0")
         for f in fields(self):
             if isinstance(f.default, float):
                 self._require(f.name, math.isfinite(getattr(self, f.name)), "finite")
-        self._require("events", self.events == "prefix", "prefix (strict and byte: not built yet)")
-        self._require(
-            "where", self.where in WHERE,
-            f"one of {', '.join(WHERE)} (divergence, soft-or and random: not built yet)",
-        )  # fmt: skip
+        masks = tuple(mask for mask in WHERE if mask != "random")
+        for name, values in (("events", EVENTS), ("where", WHERE), ("replay", masks)):
+            self._require(name, getattr(self, name) in values, "one of " + ", ".join(values))
+        self._require_use("replay", self.where == "random", "--where random")
+        self._require_use("threshold", self.mask == "reject", "the mask reject")
+        self._require_use(
+            "fraction", self.mask not in KNOWN_BEFORE, "the masks divergence and soft-or"
+        )
 
-        at_default = self.threshold == type(self).threshold
-        self._require("threshold", at_default or self.where == "reject", "with --where reject only")
+    def _require_use(self, name: str, used: bool, where: str) -> None:
+        at_default = getattr(self, name) == getattr(type(self), name)
+        self._require(name, at_default or used, f"with {where} only")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -91,9 +100,20 @@ class Config:
             raise ValueError(f"expected {option_name(name)} {expected}, got {got!r}")
 
     @property
+    def mask(self) -> str:
+        """The mask whose chunks, or number of chunks, are trained."""
+        return self.replay if self.where == "random" else self.where
+
+    @property
+    def picks(self) -> bool:
+        """The training pass picks among all chunks, since the mask needs both distributions."""
+        return self.where not in (*KNOWN_BEFORE, "random")
+
+    @property
     def pure(self) -> bool:
-        """Samples are drawn from the policy itself."""
-        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+        """Samples are drawn from the very distribution that is compared."""
+        same = self.temperature == self.student_temperature
+        return same and self.top_p == 1 and self.top_k == 0
 
 
 def option_name(field_name: str) -> str:

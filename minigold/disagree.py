@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunk log-probabilities of both models in, the chunks to train out.
+"""What both models think of each chunk in, the chunks to train out.
 
-The test is speculative decoding's (Leviathan et al., 2211.17192): with `l_s` and `l_t` the
-log-probabilities of a chunk that the student sampled, the teacher would accept it with
-probability `min(1, exp(l_t - l_s))`. Training goes where it would not. Both numbers are known
-before the student's training pass, so a chunk that is not chosen costs nothing there.
+The first tests need the chunk's log-probabilities `l_s` and `l_t` alone, which are known before the
+student's training pass: a chunk that is not chosen costs nothing there. They are speculative
+decoding's (Leviathan et al., 2211.17192): the teacher would accept a chunk that the student sampled
+with probability `min(1, exp(l_t - l_s))`, and training goes where it would not. The masks
+`divergence` and `soft-or` need both distributions, so they save the head's gradient only.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["WHERE", "acceptance", "choose"]
+__all__ = [
+    "KNOWN_BEFORE",
+    "WHERE",
+    "acceptance",
+    "budget",
+    "choose",
+    "largest",
+    "replayed",
+    "soft_or",
+]
 
-WHERE = ("all", "sampled", "reject")
+KNOWN_BEFORE = ("all", "sampled", "reject")  # what `choose` takes
+WHERE = (*KNOWN_BEFORE, "divergence", "soft-or", "random")
 
 
 def acceptance(student_logp_C: Tensor, teacher_logp_C: Tensor, scorable_C: Tensor) -> Tensor:
@@ -36,7 +49,7 @@ def choose(
     threshold: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Bool mask of the chunks to train.
+    """Bool mask of the chunks to train, from what is known before the training pass.
 
     Args:
         acceptance_C: from `acceptance`.
@@ -45,7 +58,7 @@ def choose(
         generator: random stream of `sampled`, on the device of `acceptance_C`.
 
     Raises:
-        ValueError: an unknown `where`.
+        ValueError: another `where`.
     """
     if where == "all":
         return torch.ones_like(acceptance_C, dtype=torch.bool)
@@ -56,4 +69,77 @@ def choose(
         return uniform_C >= acceptance_C  # u lies in [0, 1): a = 0 always trains, a = 1 never
     if where == "reject":
         return acceptance_C < threshold
-    raise ValueError(f"expected --where to be one of {', '.join(WHERE)}, got {where!r}")
+    raise ValueError(f"expected one of {', '.join(KNOWN_BEFORE)}, got {where!r}")
+
+
+def budget(n: int, fraction: float) -> int:
+    """Chunks that `fraction` of `n` are, rounded up.
+
+    Raises:
+        ValueError: a fraction outside 0 to 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"expected a fraction from 0 to 1, got {fraction}")
+    return math.ceil(fraction * n - 1e-9)  # 0.1 * 30 is a little more than 3
+
+
+def largest(score_C: Tensor, fraction: float) -> Tensor:
+    """Bool mask of the largest scores, `budget` many; of equal ones the first.
+
+    Raises:
+        ValueError: a fraction outside 0 to 1, or a score that is not a number.
+
+    >>> largest(torch.tensor([0.1, 0.3, 0.2, 0.3]), 0.5)
+    tensor([False,  True, False,  True])
+    """
+    if bool(score_C.isnan().any()):
+        raise ValueError("expected scores that are numbers, got NaN; check the losses")
+    order_C = score_C.argsort(descending=True, stable=True)
+    mask_C = torch.zeros_like(score_C, dtype=torch.bool)
+    mask_C[order_C[: budget(len(score_C), fraction)]] = True
+    return mask_C
+
+
+def soft_or(entropy_C: Tensor, divergence_C: Tensor) -> Tensor:
+    """h + d - h d, where h and d are the student's entropy and the divergence, scaled to 0 to 1.
+
+    Large where the student is unsure, or sure and wrong.
+
+    Args:
+        entropy_C, divergence_C: of the chunks of one micro-batch; each is scaled by its least and
+            greatest value there, and counts as 0 where these are equal.
+
+    Source: TIP (2604.14084). Differs: entropy is over the events, divergence is the chunk's loss.
+
+    >>> soft_or(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([3.0, 3.5, 3.0]))
+    tensor([0., 1., 1.])
+    """
+    h_C, d_C = _scaled(entropy_C), _scaled(divergence_C)
+    return h_C + d_C - h_C * d_C
+
+
+def _scaled(x_C: Tensor) -> Tensor:
+    if len(x_C) == 0:
+        return x_C
+    low, high = x_C.aminmax()
+    return torch.where(high > low, (x_C - low) / (high - low), 0.0)
+
+
+def replayed(count: int, eligible_C: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Bool mask of `count` eligible chunks, drawn at random: the control that a mask must beat.
+
+    Args:
+        count: how many another mask chose.
+        eligible_C: bool.
+        generator: random stream, on the CPU.
+
+    Raises:
+        ValueError: fewer eligible chunks than `count`.
+    """
+    places_K = eligible_C.nonzero()[:, 0]
+    if count > len(places_K):
+        raise ValueError(f"expected at most {len(places_K)} chunks, the eligible ones, got {count}")
+    order_K = torch.randperm(len(places_K), generator=generator).to(places_K.device)
+    mask_C = torch.zeros_like(eligible_C)
+    mask_C[places_K[order_K[:count]]] = True
+    return mask_C

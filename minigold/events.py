@@ -5,10 +5,11 @@ At a boundary that both tokenizations share, both models predict what comes next
 bytes, over different vocabularies. A divergence needs one set of events: each side maps every
 token to one event and adds up the probabilities (`Side.project`).
 
-A token that only one side has goes to an event that is shorter than itself. If the text then goes
-on from there, the rest of that token is a prediction too: `Side.carry` gives it at the next
-boundary. Here stand the maps (`match`), their use on a distribution, and what they leave out
-(`measure`). This file does not compare the two sides; `loss.py` does.
+Three sets of events, see `match`. In the default one a token that only one side has goes to an
+event that is shorter than itself. If the text then goes on from there, the rest of that token is a
+prediction too: `Side.over` gives it at the next boundary. Here stand the maps, their use on a
+distribution, and what they leave out (`measure`). This file does not compare the two sides;
+`loss.py` does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Events", "Measures", "Side", "Vocabulary", "match", "measure"]
+__all__ = ["EVENTS", "Events", "Measures", "Side", "Vocabulary", "match", "measure"]
+
+EVENTS = ("prefix", "strict", "byte")
 
 
 class Vocabulary(Protocol):
@@ -43,11 +46,13 @@ class Side:
     Args:
         identity: the ids themselves are the events.
         event_V: int64, the event of each id; `n_events` stands for *other*, that is no event.
+        column_V: int64, the same as columns of `project`.
         shared_V: bool, ids that stand for their event by themselves (the end of turn included).
         spelling: the bytes of each id, b"" where it stands for no text.
         sorted_U: int64, the ids of text tokens in the order of their bytes.
         low_V, high_V: int64, the range in `sorted_U` whose bytes strictly extend those of an id.
         event_of: the event of any bytes.
+        carries: see `Events.carries`.
         longest: bytes of the longest token.
         keys, known: the sorted spellings, and what `longer` has made so far.
     """
@@ -55,12 +60,14 @@ class Side:
     n_events: int
     identity: bool
     event_V: Tensor
+    column_V: Tensor
     shared_V: Tensor
     spelling: Sequence[bytes]
     sorted_U: Tensor
     low_V: Tensor
     high_V: Tensor
     event_of: Callable[[bytes], int]
+    carries: bool
     longest: int
     keys: list[bytes] = field(repr=False)
     known: dict[tuple[bytes, int | None], tuple[Tensor, Tensor]] = field(
@@ -86,13 +93,18 @@ class Side:
         if self.identity:
             return torch.nn.functional.pad(prob_NV, (0, 2))
         n, v = prob_NV.shape
-        column_V = self.column(self.event_V)
         empty_NX = prob_NV.new_zeros(n, self.n_events + 2)
-        return empty_NX.scatter_add(1, column_V.expand(n, v), prob_NV)
+        return empty_NX.scatter_add_(1, self.column_V.expand(n, v), prob_NV)
+
+    def spread(self, grad_NX: Tensor) -> Tensor:
+        """What each token's event has, [N, V]: the derivative of `project`, transposed."""
+        if self.identity:
+            return grad_NX[:, :-2]
+        return grad_NX.index_select(1, self.column_V)
 
     def column(self, event_K: Tensor) -> Tensor:
         """Events as columns of `project`."""
-        return torch.where(event_K == self.n_events, self.n_events + 1, event_K)
+        return event_K + (event_K == self.n_events)
 
     def longer(self, text: bytes, event: int | None) -> tuple[Tensor, Tensor]:
         """Ids of the tokens that strictly extend `text`, and the event of what they add; int64.
@@ -113,37 +125,54 @@ class Side:
                 self.known[text, event] = ids[merged], self.longer(text, None)[1][merged]
         return self.known[text, event]
 
-    def carry(self, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor:
-        """Mass of the tokens that extend the taken one, by the event of what they add.
+    def over(self, ids_N: Tensor, inside_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens that extend the taken ones: their mass is carried over the boundary after them.
 
         Args:
-            prob_NV: the distributions that `ids_N` were taken from; differentiable.
+            ids_N: int64, taken tokens.
             inside_N: bool, the taken token does not start at a shared boundary.
 
         Returns:
-            carried_NX: columns as in `project`.
+            row_J: int64, which of `ids_N` each extends, non-decreasing.
+            id_J: int64, the longer token.
+            event_J: int64, the event of what it adds.
         """
-        rows = []
-        for prob_V, i, inside in zip(prob_NV, ids_N.tolist(), inside_N.tolist(), strict=True):
-            text = self.spelling[i]
-            ids, rests = self.longer(text, None if inside else self.event_of(text))
-            empty_X = prob_NV.new_zeros(self.n_events + 2)
-            rows.append(empty_X.index_add(0, self.column(rests), prob_V[ids]))
-        return torch.stack(rows)
+        found = [
+            self.longer(self.spelling[i], None if inside else self.event_of(self.spelling[i]))
+            for i, inside in zip(ids_N.tolist(), inside_N.tolist(), strict=True)
+        ]
+        nothing = self.sorted_U[:0]
+        id_J, event_J = (torch.cat([nothing, *(one[k] for one in found)]) for k in range(2))
+        counts_N = torch.tensor([len(one[0]) for one in found], dtype=torch.int64)
+        return torch.arange(len(found)).repeat_interleave(counts_N).to(id_J.device), id_J, event_J
 
 
 @dataclass(frozen=True)
 class Events:
-    """The common events: `event_bytes[e]` is the spelling of event e (b"" for the end of turn)."""
+    """The common events: `event_bytes[e]` is the spelling of event e (b"" for the end of turn).
+
+    `kind` is one of `EVENTS`; `identical`: both sides have the same table of bytes.
+    """
 
     event_bytes: tuple[bytes, ...]
     student: Side
     teacher: Side
     identical: bool
+    kind: str
 
     @property
     def n_events(self) -> int:
         return len(self.event_bytes)
+
+    @property
+    def carries(self) -> bool:
+        """What longer tokens say of the text after a boundary is part of the law there."""
+        return self.student.carries
+
+    @property
+    def other_costs(self) -> bool:
+        """The student pays for mass in no event; `strict` leaves it out of the comparison."""
+        return self.kind != "strict"
 
     def to(self, device: torch.device) -> Events:
         return replace(self, student=self.student.to(device), teacher=self.teacher.to(device))
@@ -164,52 +193,65 @@ class Measures(NamedTuple):
     other_N: Tensor
 
 
-def match(student: Vocabulary, teacher: Vocabulary) -> Events:
-    """The `prefix` events of two vocabularies.
+def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> Events:
+    """The events of two vocabularies.
 
-    Events are the byte strings that are a text token in both, and the end of turn. Ids with the
-    same bytes add up. A token that only one side has goes to the first piece that the other
-    tokenizer gives for its bytes (`first_pieces` of the *other* vocabulary) if that is an event,
-    else to its longest prefix that is one, else to *other*. With the same table of bytes on both
-    sides the events are the ids themselves, so that the loss is exactly GKD's.
+    `prefix`: the byte strings that are a text token in both, and the end of turn. Ids with the same
+    bytes add up. A token that only one side has goes to the first piece that the other tokenizer
+    gives for its bytes (`first_pieces` of the *other* vocabulary) if that is an event, else to its
+    longest prefix that is one, else to *other*.
+
+    `strict`: the same events, but a token that only one side has goes to *other*.
+
+    `byte`: the 256 bytes, and the end of turn. A text token goes to its first byte.
+
+    With the same table of bytes on both sides the events of `prefix` and `strict` are the ids
+    themselves, so that the loss is exactly GKD's.
 
     Raises:
-        ValueError: a side has no end-of-turn id, or the vocabularies share no text token.
+        ValueError: a side has no end-of-turn id, or the vocabularies share no text token, or an
+            unknown kind.
 
-    Source: longest-prefix projection is BPM's (2607.22334). Differs: both sides are projected,
-    first pieces come before longest prefixes, and ids with equal bytes are summed.
+    Source: longest-prefix projection is BPM's (2607.22334), `strict` is 2610.08448's. Differs: both
+    sides are projected, first pieces come before longest prefixes, and ids with equal bytes are
+    summed.
     """
+    if kind not in EVENTS:
+        raise ValueError(f"expected events to be one of {', '.join(EVENTS)}, got {kind!r}")
     for name, side in (("student", student), ("teacher", teacher)):
         if "end" not in side.roles:
             raise ValueError(
                 f"expected an end-of-turn id in the {name}'s vocabulary, got none; "
                 "pass `end_ids` to offsets.vocabulary"
             )
-    if _same_table(student, teacher):
-        spelled = tuple(student.token_bytes)
-        one = _side(student, {}, len(spelled), {}, identity=True)
-        return Events(spelled, one, one, identical=True)
-    shared = sorted(_texts(student) & _texts(teacher))
-    if not shared:
+    identical = _same_table(student, teacher)
+    if identical and kind != "byte":
+        names = tuple(student.token_bytes)
+        one = _side(student, names, None)
+        return Events(names, one, one, identical, kind)
+    if kind == "byte":
+        names = (*(bytes([byte]) for byte in range(256)), b"")
+    else:
+        names = (*sorted(_texts(student) & _texts(teacher)), b"")
+    if len(names) == 1:
         raise ValueError(
             "expected vocabularies that share text tokens, got none in common; "
             "check that both tokenizers were read with the right decoder"
         )
-    index = {text: event for event, text in enumerate(shared)}
-    n = len(shared) + 1
-    return Events(
-        event_bytes=(*shared, b""),
-        student=_side(student, index, n, teacher.first_pieces),
-        teacher=_side(teacher, index, n, student.first_pieces),
-        identical=False,
-    )
+    index = {text: event for event, text in enumerate(names[:-1])}
+    ours, theirs = (
+        _side(one, names, _event_of(index, kind, other.first_pieces),
+              alone=not identical, carries=kind == "prefix")
+        for one, other in ((student, teacher), (teacher, student))
+    )  # fmt: skip
+    return Events(names, ours, theirs, identical, kind)
 
 
 def measure(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
     """Mass audit of predictions, and the overhang of the boundary after each taken token.
 
-    A boundary after token c says that no longer token was taken there. With m the mass that
-    `Side.carry` would carry over c, `overhang = m / (m + p(c))` is the share of what is known of
+    A boundary after token c says that no longer token was taken there. With m the mass of the
+    tokens of `Side.over`, `overhang = m / (m + p(c))` is the share of what is known of
     the text after c that the prediction after c leaves out. It is given as `ln(1 - overhang)`,
     which keeps its digits for an improbable c; `inside_N` is the same where c does not start at a
     shared boundary. One range sum over the vocabulary sorted by bytes.
@@ -224,7 +266,8 @@ def measure(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
     begin_N = side.low_V[ids_N] - (size_N.cumsum(0) - size_N)
     longer_K = side.sorted_U[torch.arange(len(row_K), device=ids_N.device) + begin_N[row_K]]
     mass_K = prob_NV[row_K, longer_K]
-    merged_K = side.event_V[longer_K] == side.event_V[ids_N[row_K]]
+    event_K = side.event_V[longer_K]  # one without an event was told apart from c nowhere
+    merged_K = (event_K == side.event_V[ids_N[row_K]]) | (event_K == side.n_events)
     masses_K2 = torch.stack([mass_K * merged_K, mass_K], dim=1)
     longer_N2 = prob_NV.new_zeros(len(ids_N), 2).index_add(0, row_K, masses_K2)
     taken_N1 = logp_NV.gather(1, ids_N[:, None])
@@ -249,18 +292,14 @@ def _texts(vocabulary: Vocabulary) -> set[bytes]:
     return {text for text, role in pairs if role == "text" and text}
 
 
-def _side(
-    vocabulary: Vocabulary,
-    index: Mapping[bytes, int],
-    n_events: int,
-    pieces: Mapping[bytes, bytes],
-    *,
-    identity: bool = False,
-) -> Side:
-    texts, roles = vocabulary.token_bytes, vocabulary.roles
+def _event_of(
+    index: Mapping[bytes, int], kind: str, pieces: Mapping[bytes, bytes]
+) -> Callable[[bytes], int]:
+    """The event of any bytes; the number of events where there is none."""
+    n_events = len(index) + 1  # the end of turn
 
     @cache
-    def event_of(text: bytes) -> int:
+    def by_prefix(text: bytes) -> int:
         """The text itself, else the other side's first piece of it, else its longest prefix."""
         if text in index:
             return index[text]
@@ -269,27 +308,49 @@ def _side(
         prefixes = (text[:k] for k in range(len(text) - 1, 0, -1))
         return next((index[prefix] for prefix in prefixes if prefix in index), n_events)
 
-    event, shared, spelling, pairs = list(range(len(texts))), [True] * len(texts), [], []
-    for i, (text, role) in enumerate(zip(texts, roles, strict=True)):
-        spelling.append(text if role == "text" else b"")
-        if not identity:
-            event[i] = n_events - 1 if role == "end" else event_of(spelling[i])
-            shared[i] = role == "end" or spelling[i] in index
-            pairs.append((spelling[i], i))
-    pairs = sorted(pair for pair in pairs if pair[0])
-    keys = [text for text, _ in pairs]
+    if kind == "prefix":
+        return by_prefix
+    size = 1 if kind == "byte" else None
+    return lambda text: index.get(text[:size], n_events)
+
+
+def _side(
+    vocabulary: Vocabulary,
+    names: Sequence[bytes],
+    event_of: Callable[[bytes], int] | None,
+    *,
+    alone: bool = False,
+    carries: bool = False,
+) -> Side:
+    """`event_of` None: the ids are the events. `alone`: the other side's boundaries are others."""
+    pairs = zip(vocabulary.token_bytes, vocabulary.roles, strict=True)
+    spelling = [text if role == "text" else b"" for text, role in pairs]
+    event, shared = list(range(len(spelling))), [True] * len(spelling)
+    if event_of is not None:
+        last = len(names) - 1
+        ends = [role == "end" for role in vocabulary.roles]
+        event = [last if end else event_of(x) for x, end in zip(spelling, ends, strict=True)]
+        shared = [
+            end or (e < last and names[e] == x)
+            for x, end, e in zip(spelling, ends, event, strict=True)
+        ]
+    ordered = sorted((text, i) for i, text in enumerate(spelling) if text and alone)
+    keys = [text for text, _ in ordered]
     ranges = _ranges(keys)
     low_high_V2 = torch.tensor([ranges.get(text, (0, 0)) for text in spelling], dtype=torch.int64)
+    event_V = torch.tensor(event, dtype=torch.int64)
     return Side(
-        n_events=n_events,
-        identity=identity,
-        event_V=torch.tensor(event, dtype=torch.int64),
+        n_events=len(names),
+        identity=event_of is None,
+        event_V=event_V,
+        column_V=event_V + (event_V == len(names)),
         shared_V=torch.tensor(shared),
         spelling=spelling,
-        sorted_U=torch.tensor([i for _, i in pairs], dtype=torch.int64),
+        sorted_U=torch.tensor([i for _, i in ordered], dtype=torch.int64),
         low_V=low_high_V2[:, 0].contiguous(),
         high_V=low_high_V2[:, 1].contiguous(),
-        event_of=event_of,
+        event_of=event_of or (lambda _: len(names)),
+        carries=carries,
         longest=max(map(len, keys), default=0),
         keys=keys,
     )

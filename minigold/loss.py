@@ -2,8 +2,12 @@
 """Predictions of both models at the chosen chunks in, one loss per chunk out.
 
 `divergence` compares two distributions over one set of events. `chunk_losses` makes those
-distributions from logits. `gold_loss` does the same from hidden states in blocks, so that the
-logits of a whole batch are never held. All are pure functions: no tokenizer, no configuration.
+distributions from logits. `gold_loss` does the same in blocks, from hidden states (so that the
+logits of a whole batch are never held) or from logits. `look` gives values alone, for masks that
+need them. All are pure functions: no tokenizer, no configuration.
+
+A temperature is a property of a model's head, or of logits that were divided by it: all here that
+comes from a model (the teacher's `teacher_logp_C` and `teacher_carry` too) is of that temperature.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "BEFORE",
@@ -27,19 +33,22 @@ __all__ = [
     "chunk_losses",
     "divergence",
     "gold_loss",
+    "look",
 ]
 
 FLOOR = 1e-18  # probabilities below count as this; its square is still a normal float32
-END = 1e-3  # within this of 0 or 1, beta is the end itself
+END = 1e-30  # a beta below counts as 0: far below FLOOR, so that nothing jumps there
 RARE = 1e-8  # what was less likely than this is not conditioned on: bounds the gradient
 MOST = 1 - 1e-3  # of an event that its observed chunk takes at most: what is left is no rounding
 
 
 class Head(Protocol):
-    """The output layer: `logits(hidden_ND)` gives float32 logits_NV."""
+    """The output layer: `logits(hidden_ND)` is `cap` of the product, in float32 [N, V]."""
 
     @property
     def weight_VD(self) -> Tensor: ...
+    @property
+    def bias_V(self) -> Tensor | None: ...
     def logits(self, hidden_ND: Tensor) -> Tensor: ...
     def cap(self, raw_NV: Tensor) -> Tensor: ...
 
@@ -50,7 +59,8 @@ class Side(Protocol):
     @property
     def event_V(self) -> Tensor: ...
     def project(self, prob_NV: Tensor) -> Tensor: ...
-    def carry(self, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor: ...
+    def spread(self, grad_NX: Tensor) -> Tensor: ...
+    def over(self, ids_N: Tensor, inside_N: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def column(self, event_K: Tensor) -> Tensor: ...
 
 
@@ -61,6 +71,8 @@ class Events(Protocol):
     def student(self) -> Any: ...
     @property
     def teacher(self) -> Any: ...
+    @property
+    def other_costs(self) -> bool: ...
 
 
 FIRST, REST, BEFORE, INSIDE = range(4)  # kinds of rows
@@ -71,6 +83,7 @@ class Rows:
     """The student's predictions, row by row, in the order of their chunks.
 
     Args:
+        place_N: int64, where the prediction stands among the student's states (or logits).
         chunk_N: int64, the chunk of each row, non-decreasing.
         ids_N: int64, the token that was taken at each row.
         kind_N: int64. `FIRST`, one a chunk: predicts what starts at the chunk. `REST`, of
@@ -79,9 +92,18 @@ class Rows:
             token does not start at a shared boundary.
     """
 
+    place_N: Tensor
     chunk_N: Tensor
     ids_N: Tensor
     kind_N: Tensor
+
+    def part(self, rows: slice, first_chunk: int) -> Rows:
+        """Some rows, their chunks counted from `first_chunk`, all `FIRST` rows first."""
+        order_N = (self.kind_N[rows] != FIRST).to(torch.uint8).argsort(stable=True)
+        place_N, chunk_N, ids_N, kind_N = (
+            x[rows][order_N] for x in (self.place_N, self.chunk_N, self.ids_N, self.kind_N)
+        )
+        return Rows(place_N, chunk_N - first_chunk, ids_N, kind_N)
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,7 @@ class ChunkRows:
 
     Args:
         student: N rows.
+        teacher_place_C: int64, where its prediction stands among the teacher's states (or logits).
         teacher_id_C: int64, the first teacher token of each chunk.
         teacher_logp_C: nats, the teacher's log-probability that the text goes on with the chunk.
         teacher_carry: what is mixed into the teacher's predictions.
@@ -112,30 +135,33 @@ class ChunkRows:
     """
 
     student: Rows
+    teacher_place_C: Tensor
     teacher_id_C: Tensor
     teacher_logp_C: Tensor
     teacher_carry: Carry
     observed_C: Tensor
 
-    def block(self, start: int, stop: int) -> tuple[slice, ChunkRows]:
-        """Chunks `start` to `stop`, and the student rows that they own."""
-        carry, chunks = self.teacher_carry, slice(start, stop)
-        rows, some = _between(self.student.chunk_N, chunks), _between(carry.chunk_K, chunks)
-        student = Rows(
-            self.student.chunk_N[rows] - start, self.student.ids_N[rows], self.student.kind_N[rows]
-        )
-        return rows, ChunkRows(
-            student,
-            self.teacher_id_C[chunks],
-            self.teacher_logp_C[chunks],
-            Carry(carry.chunk_K[some] - start, carry.event_K[some], carry.mass_K[some]),
-            self.observed_C[chunks],
-        )
-
-
-def _between(chunk_N: Tensor, chunks: slice) -> slice:
-    bounds = torch.tensor([chunks.start, chunks.stop], device=chunk_N.device)
-    return slice(*torch.searchsorted(chunk_N, bounds).tolist())
+    def blocks(self, size: int) -> list[ChunkRows]:
+        """`size` chunks at a time, with the student rows that they own, all `FIRST` rows first."""
+        n_chunks, own, carry = len(self.observed_C), self.student, self.teacher_carry
+        edges = [*range(0, n_chunks, size), n_chunks]
+        edge_E = torch.tensor(edges, device=own.chunk_N.device)
+        bounds = [torch.searchsorted(x, edge_E).tolist() for x in (own.chunk_N, carry.chunk_K)]
+        found = []
+        for i, start in enumerate(edges[:-1]):
+            chunks = slice(start, edges[i + 1])
+            rows, some = (slice(bound[i], bound[i + 1]) for bound in bounds)
+            found.append(
+                ChunkRows(
+                    own.part(rows, start),
+                    self.teacher_place_C[chunks],
+                    self.teacher_id_C[chunks],
+                    self.teacher_logp_C[chunks],
+                    Carry(carry.chunk_K[some] - start, carry.event_K[some], carry.mass_K[some]),
+                    self.observed_C[chunks],
+                )
+            )
+        return found
 
 
 class Losses(NamedTuple):
@@ -152,11 +178,10 @@ def divergence(student_prob_NX: Tensor, teacher_prob_NX: Tensor, *, beta: float)
     Divided by beta (1 - beta) it is continuous in beta: beta -> 0 is KL(teacher||student),
     beta -> 1 is KL(student||teacher), and 0.5 is four times the usual JSD.
 
-    Summed from terms p (x - 1 - ln x) >= 0, x = m / p, so that rounding cannot turn it negative.
-
     Args:
-        student_prob_NX, teacher_prob_NX: rows that sum to 1; values under `FLOOR` count as it.
-        beta: 0 to 1; within 1e-3 of an end the value is that end's KL.
+        student_prob_NX, teacher_prob_NX: >= 0; rows are scaled to sum to 1. Values under `FLOOR`
+            count as it. Differentiable, once.
+        beta: 0 to 1.
 
     Raises:
         ValueError: beta outside 0 to 1.
@@ -169,32 +194,85 @@ def divergence(student_prob_NX: Tensor, teacher_prob_NX: Tensor, *, beta: float)
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"expected beta between 0 (forward KL) and 1 (reverse KL), got {beta}")
-    student_NX = student_prob_NX.clamp(min=FLOOR)
-    teacher_NX = teacher_prob_NX.clamp(min=FLOOR)
-    if beta < END:
-        return _terms(teacher_NX, student_NX, 1.0).sum(-1)
-    if beta > 1 - END:
-        return _terms(student_NX, teacher_NX, 1.0).sum(-1)
-    forward_NX = _terms(teacher_NX, student_NX, 1 - beta)
-    return (forward_NX + _terms(student_NX, teacher_NX, beta)).sum(-1)
+    return _Divergence.apply(student_prob_NX, teacher_prob_NX, beta)[0]
 
 
-def _terms(p_NX: Tensor, q_NX: Tensor, share: float) -> Tensor:
-    """p (x - 1 - ln x) / share with x = 1 + share (q / p - 1); share 1 gives KL(p||q).
+class _Divergence(torch.autograd.Function):
+    """The divergence of rows scaled to sum to 1, and the student's sums before that.
 
-    ln x is taken from x - 1 near 1 and from x elsewhere, each where it loses no digits.
+    With s and t the scaled rows and m = beta t + (1 - beta) s, the divergence is the sum over
+    events of s a + t b, where a = -ln(m/s) / beta and b = -ln(m/t) / (1 - beta); at the ends one
+    of the two is its limit, a = 1 - t/s at beta 0, b = 1 - s/t at beta 1. The derivatives by s and
+    t are a and b. In as few passes over [N, X] as there can be.
     """
-    ratio_NX = q_NX / p_NX
-    change_NX = share * (ratio_NX - 1)
-    near_NX = torch.log1p(change_NX.clamp(min=-0.5, max=0.5))
-    far_NX = ((1 - share) + share * ratio_NX).log()
-    log_NX = torch.where(change_NX.abs() < 0.5, near_NX, far_NX)
-    return p_NX * (change_NX - log_NX) / share
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_NX: Tensor, teacher_NX: Tensor, beta: float
+    ) -> tuple[Tensor, Tensor]:
+        s_sum_N1, t_sum_N1 = (
+            x.sum(-1, keepdim=True).clamp_(min=RARE) for x in (student_NX, teacher_NX)
+        )
+        s_NX, t_NX = student_NX.clamp(min=FLOOR), teacher_NX.clamp(min=FLOOR)
+        a_NX = _slope(t_NX / s_NX, s_sum_N1 / t_sum_N1, beta)
+        b_NX = _slope(s_NX / t_NX, t_sum_N1 / s_sum_N1, 1 - beta)
+        a_mean_N1 = s_NX.mul_(a_NX).sum(-1, keepdim=True) / s_sum_N1
+        b_mean_N1 = t_NX.mul_(b_NX).sum(-1, keepdim=True) / t_sum_N1
+        ctx.set_materialize_grads(False)
+        sides = (student_NX, a_NX, a_mean_N1, s_sum_N1), (teacher_NX, b_NX, b_mean_N1, t_sum_N1)
+        kept: list[Tensor | None] = []
+        for need, (prob_NX, slope_NX, mean_N1, sum_N1) in zip(
+            ctx.needs_input_grad, sides, strict=False
+        ):
+            slope_NX.masked_fill_(prob_NX < FLOOR, 0.0)
+            kept += [slope_NX, mean_N1, sum_N1] if need else [None, None, None]
+        ctx.save_for_backward(*kept)
+        return (a_mean_N1 + b_mean_N1)[:, 0], s_sum_N1[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor | None, grad_sum_N: Tensor | None) -> tuple[Any, ...]:
+        a_NX, a_mean_N1, s_sum_N1, b_NX, b_mean_N1, t_sum_N1 = ctx.saved_tensors
+        return (
+            _unscaled(a_NX, a_mean_N1, s_sum_N1, grad_N, grad_sum_N),
+            _unscaled(b_NX, b_mean_N1, t_sum_N1, grad_N, None),
+            None,
+        )
+
+
+def _slope(ratio_NX: Tensor, scale_N1: Tensor, share: float) -> Tensor:
+    """-ln(1 + share (x - 1)) / share for x = scale ratio, its limit 1 - x for share 0.
+
+    `ratio_NX` is used up.
+    """
+    if share < END:
+        return 1 - ratio_NX.mul_(scale_N1)
+    scaled_NX = ratio_NX.mul_(share * scale_N1)
+    if share <= 0.5:  # then 1 + change is no smaller than that, and keeps the digits of change
+        return scaled_NX.sub_(share).log1p_().div_(-share)
+    change_NX = scaled_NX - share
+    log_NX = torch.where(change_NX > -0.5, change_NX.log1p(), scaled_NX.add_(1 - share).log_())
+    return log_NX.div_(-share)
+
+
+def _unscaled(
+    slope_NX: Tensor | None, mean_N1: Tensor, sum_N1: Tensor, grad_N: Tensor | None,
+    grad_sum_N: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The derivative by rows as they were before the scaling."""
+    if slope_NX is None:
+        return None
+    grad_N1 = torch.zeros_like(sum_N1) if grad_N is None else grad_N[:, None]
+    by_sum_N1 = -mean_N1 * grad_N1 / sum_N1
+    if grad_sum_N is not None:
+        by_sum_N1 = by_sum_N1 + grad_sum_N[:, None]
+    by_sum_N1 = torch.where(sum_N1 > RARE, by_sum_N1, 0.0)
+    return torch.addcmul(by_sum_N1, slope_NX, grad_N1 / sum_N1)
 
 
 def chunk_losses(
-    student_logits_NV: Tensor,
-    teacher_logits_CW: Tensor,
+    student_logits_SV: Tensor,
+    teacher_logits_TW: Tensor,
     *,
     rows: ChunkRows,
     events: Events,
@@ -209,142 +287,222 @@ def chunk_losses(
     boundary that one side would not have made.
 
     Args:
-        student_logits_NV: differentiable.
-        teacher_logits_CW: no gradient flows into them.
+        student_logits_SV: differentiable; `rows` says which predictions are read.
+        teacher_logits_TW: no gradient flows into them.
     """
-    student_logp_NV = student_logits_NV.float().log_softmax(-1)
-    student_CX, student_logp_C = _student_law(student_logp_NV, rows, events.student)
-    is_first_N = rows.student.kind_N == FIRST
-    event_C = events.student.event_V[rows.student.ids_N[is_first_N]]
-    student_CX = _with_observed(student_CX, student_logp_C, event_C, rows.observed_C)
+    (one,) = rows.blocks(max(1, len(rows.observed_C)))
+    student_NV = _wide(student_logits_SV[one.student.place_N])
+    teacher_CW = _wide(teacher_logits_TW[one.teacher_place_C])
+    return _compare(*_laws(student_NV, teacher_CW, one, events), events, beta)
+
+
+def _compare(student_CX: Tensor, teacher_CX: Tensor, events: Events, beta: float) -> Tensor:
+    """Loss of two laws; the columns are those of `Side.project`, the observed chunk filled in."""
+    n = student_CX.shape[1] - 1
+    inside_CK, other_C1 = student_CX.split([n, 1], dim=1)
+    loss_C, inside_C = _Divergence.apply(inside_CK, teacher_CX[:, :n], beta)
+    if not events.other_costs:
+        return loss_C
+    other_C = other_C1[:, 0]  # -ln(1 - other), exact for an other near 0 as well as near 1
+    hidden_C = torch.where(other_C < 0.5, -torch.log1p(-other_C.clamp(max=0.5)), -inside_C.log())
+    return loss_C + hidden_C
+
+
+def _laws(
+    student_NV: Tensor, teacher_CW: Tensor, rows: ChunkRows, events: Events
+) -> tuple[Tensor, Tensor]:
+    """How the text goes on at each chunk, by both models [C, X + 2], from their logits there."""
+    student_CX = _student_law(student_NV, rows, events.student)
     with torch.no_grad():
-        teacher_prob_CW = teacher_logits_CW.float().log_softmax(-1).exp()  # rounded as above
-        teacher_CX = _with_observed(
-            _teacher_law(teacher_prob_CW, rows.teacher_carry, events.teacher),
-            rows.teacher_logp_C,
-            events.teacher.event_V[rows.teacher_id_C],
-            rows.observed_C,
-        )
-        teacher_CK = _conditioned(teacher_CX)
-    return divergence(_conditioned(student_CX), teacher_CK, beta=beta) + _hidden_mass(student_CX)
+        teacher_CX = _teacher_law(teacher_CW.softmax(-1), rows.teacher_carry, events.teacher)
+        event_C = events.teacher.event_V[rows.teacher_id_C]
+        prob_C = rows.teacher_logp_C.to(teacher_CX.dtype).exp()
+        teacher_CX = _with_observed(teacher_CX, prob_C, event_C, rows.observed_C)
+    return student_CX, teacher_CX
 
 
 def _teacher_law(prob_CW: Tensor, carry: Carry, side: Side) -> Tensor:
-    """How the text goes on at each chunk, over events [C, X + 2]."""
-    prob_CX = side.project(prob_CW)
-    overhang_C = prob_CX.new_zeros(len(prob_CX)).index_add(0, carry.chunk_K, carry.mass_K)
-    law_CX = prob_CX * (1 - overhang_C)[:, None]
-    return law_CX.index_put(
-        (carry.chunk_K, side.column(carry.event_K)), carry.mass_K, accumulate=True
-    )
+    law_CX = side.project(prob_CW)
+    if len(carry.mass_K) == 0:
+        return law_CX
+    mass_K = carry.mass_K.to(law_CX.dtype)
+    stay_C = torch.ones_like(law_CX[:, 0]).index_add(0, carry.chunk_K, mass_K, alpha=-1)
+    place_K2 = carry.chunk_K, side.column(carry.event_K)
+    return law_CX.mul_(stay_C[:, None]).index_put_(place_K2, mass_K, accumulate=True)
 
 
-def _student_law(logp_NV: Tensor, rows: ChunkRows, side: Side) -> tuple[Tensor, Tensor]:
-    """The same of the student, and ln P(the chunk) [C].
+def _student_law(logits_NV: Tensor, rows: ChunkRows, side: Side) -> Tensor:
+    """The same of the student, whose `FIRST` rows stand first.
 
     With c the token before the chunk, p its distribution and m the mass that is carried over c,
-    the law is `(p(c) P + carried) / (p(c) + m)`, P being the prediction after c.
+    the law is `(p(c) P + carried) / (p(c) + m)`, P being the prediction after c. An observed
+    chunk's probability holds the longer tokens over its end.
     """
-    own = rows.student
-    prob_CX = side.project(logp_NV[own.kind_N == FIRST].exp())
-    logp_C = _chunk_logp(logp_NV, own, side, rows.observed_C)
-    before = (own.kind_N >= BEFORE).nonzero()[:, 0]
-    if len(before) == 0:
-        return prob_CX, logp_C
-    prob_KV, ids_K, chunk_K = logp_NV[before].exp(), own.ids_N[before], own.chunk_N[before]
-    taken_K = prob_KV.gather(1, ids_K[:, None])[:, 0]
-    carried_KX = side.carry(prob_KV, ids_K, own.kind_N[before] == INSIDE)
-    known_K = taken_K + carried_KX.sum(-1)
-    counts_K = known_K > RARE
-    stay_K = torch.where(counts_K, taken_K / known_K.clamp(min=RARE), 1.0)
-    over_KX = torch.where(counts_K[:, None], carried_KX / known_K.clamp(min=RARE)[:, None], 0.0)
-    stay_C = torch.ones_like(logp_C).index_put((chunk_K,), stay_K)
-    law_CX = (prob_CX * stay_C[:, None]).index_add(0, chunk_K, over_KX)
-    return law_CX, logp_C + stay_C.clamp(min=FLOOR).log()
+    own, chunk_N = rows.student, rows.student.chunk_N
+    before_N = own.kind_N >= BEFORE
+    reach_K = (before_N | _ends_observed(own, rows.observed_C)).nonzero()[:, 0]
+    inside_K = (own.kind_N == INSIDE)[reach_K] | (own.kind_N == REST)[reach_K]
+    row_J, id_J, event_J = side.over(own.ids_N[reach_K], inside_K)
+    row_J = reach_K[row_J]
+    every_N = torch.arange(len(chunk_N), device=chunk_N.device)
+    law_CX, prob_P = _Read.apply(
+        logits_NV,
+        side,
+        len(rows.observed_C),
+        torch.cat([every_N, row_J]),
+        torch.cat([own.ids_N, id_J]),
+    )
+    taken_N, longer_J = prob_P.split([len(every_N), len(row_J)])
+    known_N = taken_N.index_add(0, row_J, longer_J)
+
+    stay_C = torch.ones_like(law_CX[:, 0])
+    if len(reach_K):
+        counts_N, safe_N = known_N > RARE, known_N.clamp(min=RARE)
+        stay_N = torch.where(counts_N, taken_N / safe_N, 1.0)
+        over_J = torch.where(counts_N[row_J], longer_J / safe_N[row_J], 0.0)
+        stay_C = stay_C.index_put((chunk_N[before_N],), stay_N[before_N])
+        into_J = before_N[row_J]
+        place_J2 = chunk_N[row_J][into_J], side.column(event_J[into_J])
+        law_CX = (law_CX * stay_C[:, None]).index_put_(place_J2, over_J[into_J], accumulate=True)
+    ends_N = torch.where(before_N, 1.0, known_N).clamp(min=FLOOR).log()
+    logp_C = torch.zeros_like(stay_C).index_add(0, chunk_N, ends_N)
+    event_C = side.event_V[own.ids_N[: len(stay_C)]]
+    return _with_observed(law_CX, logp_C.exp() * stay_C, event_C, rows.observed_C)
 
 
-def _chunk_logp(logp_NV: Tensor, rows: Rows, side: Side, observed_C: Tensor) -> Tensor:
-    """ln P [C] of each chunk's tokens; observed ones with the longer tokens over their end."""
+def _ends_observed(rows: Rows, observed_C: Tensor) -> Tensor:
+    """bool [N], the last row of an observed chunk."""
+    row_N = torch.arange(len(rows.chunk_N), device=rows.chunk_N.device)
     own_N = rows.kind_N < BEFORE
-    taken_N = logp_NV.gather(1, rows.ids_N[:, None])[:, 0]
-    if bool(observed_C.any()):
-        last_C = own_N.nonzero()[:, 0][rows.chunk_N[own_N].bincount().cumsum(0) - 1]
-        last_K = last_C[observed_C]
-        prob_KV, ids_K = logp_NV[last_K].exp(), rows.ids_N[last_K]
-        longer_K = side.carry(prob_KV, ids_K, rows.kind_N[last_K] == REST).sum(-1)
-        ends_K = (taken_N[last_K].exp() + longer_K).clamp(min=FLOOR).log()
-        taken_N = taken_N.index_put((last_K,), ends_K)
-    empty_C = taken_N.new_zeros(len(observed_C))
-    return empty_C.index_add(0, rows.chunk_N[own_N], taken_N[own_N])
+    last_C = torch.zeros_like(observed_C, dtype=torch.int64)
+    last_C = last_C.scatter_reduce(0, rows.chunk_N[own_N], row_N[own_N], "amax")
+    return (last_C[rows.chunk_N] == row_N) & observed_C[rows.chunk_N]
 
 
-def _with_observed(prob_CX: Tensor, logp_C: Tensor, event_C: Tensor, observed_C: Tensor) -> Tensor:
+class _Read(torch.autograd.Function):
+    """Softmax; the law of the first `n_first` rows over events; probabilities of some tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, side: Side, n_first: int, row_P: Tensor, id_P: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        prob_NV = logits_NV.softmax(-1)
+        ctx.save_for_backward(prob_NV, row_P, id_P)
+        ctx.side = side
+        return side.project(prob_NV[:n_first]), prob_NV[row_P, id_P]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_CX: Tensor, grad_P: Tensor) -> tuple[Tensor | None, ...]:
+        prob_NV, row_P, id_P = ctx.saved_tensors
+        grad_NV = torch.empty_like(prob_NV)
+        n_first = len(grad_CX)
+        grad_NV[:n_first] = ctx.side.spread(grad_CX)
+        grad_NV[n_first:] = 0
+        grad_NV.index_put_((row_P, id_P), grad_P, accumulate=True)
+        grad_NV.mul_(prob_NV)
+        return (
+            grad_NV.addcmul_(prob_NV, grad_NV.sum(-1, keepdim=True), value=-1),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _with_observed(prob_CX: Tensor, chunk_C: Tensor, event_C: Tensor, observed_C: Tensor) -> Tensor:
     """Moves the observed chunk's probability from its first token's event to a column of its own.
 
-    Columns of `prob_CX` are those of `Side.project`: events, observed, other.
+    Columns of `prob_CX`, which is used up, are those of `Side.project`: events, observed, other.
     """
-    last = prob_CX.shape[1] - 2
-    source_C = torch.where(event_C == last, last + 1, event_C)
-    held_C = prob_CX.gather(1, source_C[:, None])[:, 0]
-    moved_C = torch.where(observed_C, torch.minimum(logp_C.exp(), MOST * held_C), 0.0)
+    every_C, last = torch.arange(len(event_C), device=event_C.device), prob_CX.shape[1] - 2
+    source_C = event_C + (event_C == last)
+    held_C = prob_CX[every_C, source_C]
+    moved_C = torch.where(observed_C, torch.minimum(chunk_C, MOST * held_C), 0.0)
     where_C2 = torch.stack([source_C, torch.full_like(source_C, last)], dim=1)
-    return prob_CX.scatter_add(1, where_C2, torch.stack([-moved_C, moved_C], dim=1))
-
-
-def _conditioned(prob_CX: Tensor) -> Tensor:
-    inside_CK = prob_CX[:, :-1]
-    return inside_CK / inside_CK.sum(-1, keepdim=True).clamp(min=RARE)
-
-
-def _hidden_mass(prob_CX: Tensor) -> Tensor:
-    """-ln(1 - P(other)), exact for an *other* near 0 as well as near 1."""
-    other_C = prob_CX[:, -1]
-    small_C = -torch.log1p(-other_C.clamp(max=0.5))
-    large_C = -prob_CX[:, :-1].sum(-1).clamp(min=FLOOR).log()
-    return torch.where(other_C < 0.5, small_C, large_C)
+    return prob_CX.scatter_add_(1, where_C2, torch.stack([-moved_C, moved_C], dim=1))
 
 
 def gold_loss(
-    student_hidden_ND: Tensor,
-    teacher_hidden_CK: Tensor,
+    student_SD: Tensor,
+    teacher_TK: Tensor,
     *,
-    student_head: Head,
-    teacher_head: Head,
+    student_head: Head | None,
+    teacher_head: Head | None,
     rows: ChunkRows,
     events: Events,
     beta: float,
     weight: float,
-    block: int = 32,
+    block: int = 16,
 ) -> Losses:
-    """`weight * sum of chunk_losses`, from hidden states, `block` chunks at a time.
+    """`weight * sum of chunk_losses`, `block` chunks at a time.
 
-    The gradient is made together with the value, block by block, so that only one block of
-    logits exists at a time. Equal to `chunk_losses` on the dense logits.
+    The gradient is made together with the value, block by block: beyond the gradients themselves,
+    memory grows with the block, not with the chunks. Equal to `chunk_losses` on the dense logits.
 
     Args:
-        student_hidden_ND: differentiable, one row per row of `rows.student`.
-        teacher_hidden_CK: one row per chunk; K is the teacher's width.
+        student_SD: states whose product with the head gives logits; differentiable. `rows` says
+            which of them are read. Without a head these are the logits.
+        teacher_TK: the same of the teacher; K is the teacher's width. No gradient flows into them.
         weight: 1 / (trained chunks of the whole optimizer step).
         block: chunks at a time.
     """
-    n_chunks = len(rows.observed_C)
-    starts = range(0, n_chunks, block)
-    blocks = [rows.block(start, min(start + block, n_chunks)) for start in starts]
+    blocks = rows.blocks(block)
 
     def losses_of(number: int, raw_NV: Tensor) -> Tensor:
-        start = starts[number]
-        return chunk_losses(
-            student_head.cap(raw_NV.float()),
-            teacher_head.logits(teacher_hidden_CK[start : start + block]),
-            rows=blocks[number][1],
-            events=events,
-            beta=beta,
-        )
+        one = blocks[number]
+        raw_NV = _wide(raw_NV)
+        student_NV = raw_NV if student_head is None else student_head.cap(raw_NV)
+        teacher_CW = _logits(teacher_TK[one.teacher_place_C], teacher_head)
+        return _compare(*_laws(student_NV, teacher_CW, one, events), events, beta)
 
-    total, loss_C = _Blockwise.apply(
-        student_hidden_ND, student_head.weight_VD, losses_of, [b[0] for b in blocks], weight
+    places = [one.student.place_N for one in blocks]
+    affine = (None, None) if student_head is None else (student_head.weight_VD, student_head.bias_V)
+    graded = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (student_SD, *affine)
     )
+    total, loss_C = _Blockwise.apply(student_SD, *affine, losses_of, places, weight, graded)
     return Losses(total, loss_C)
+
+
+@torch.no_grad()
+def look(
+    student_SD: Tensor,
+    teacher_TK: Tensor,
+    *,
+    student_head: Head | None,
+    teacher_head: Head | None,
+    rows: ChunkRows,
+    events: Events,
+    beta: float,
+    block: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each chunk, and the entropy of the student's law over the events there; nats [C].
+
+    Arguments as in `gold_loss`; without gradients. For masks that need values first.
+    """
+    losses, entropies = [], []
+    for one in rows.blocks(block):
+        student_CX, teacher_CX = _laws(
+            _logits(student_SD[one.student.place_N], student_head),
+            _logits(teacher_TK[one.teacher_place_C], teacher_head),
+            one,
+            events,
+        )
+        losses.append(_compare(student_CX, teacher_CX, events, beta))
+        inside_CK = student_CX[:, :-1]
+        inside_CK = inside_CK / inside_CK.sum(-1, keepdim=True).clamp(min=RARE)
+        entropies.append(torch.special.entr(inside_CK).sum(-1))
+    return torch.cat(losses), torch.cat(entropies)
+
+
+def _logits(states: Tensor, head: Head | None) -> Tensor:
+    return _wide(states if head is None else head.logits(states))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class _Blockwise(torch.autograd.Function):
@@ -353,29 +511,57 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
+        hidden_SD: Tensor,
+        weight_VD: Tensor | None,
+        bias_V: Tensor | None,
         losses_of: Callable[[int, Tensor], Tensor],
-        blocks: list[slice],
+        places: list[Tensor],
         weight: float,
+        graded: bool,
     ) -> tuple[Tensor, Tensor]:
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD)
+        needs = [graded and need for need in ctx.needs_input_grad[:3]]
+        grads = [
+            torch.zeros_like(x) if need and x is not None else None
+            for x, need in zip((hidden_SD, weight_VD, bias_V), needs, strict=True)
+        ]
         losses = []
-        for number, rows in enumerate(blocks):
-            raw_KV = (hidden_ND[rows] @ weight_VD.T).requires_grad_()
-            with torch.enable_grad():
-                loss_C = losses_of(number, raw_KV)
-                (grad_KV,) = torch.autograd.grad(loss_C.sum() * weight, raw_KV)
-            grad_hidden_ND[rows] = grad_KV @ weight_VD
-            grad_weight_VD.addmm_(grad_KV.T.to(hidden_ND.dtype), hidden_ND[rows])
+        for number, place_N in enumerate(places):
+            hidden_ND = hidden_SD[place_N]
+            raw_NV = hidden_ND if weight_VD is None else F.linear(hidden_ND, weight_VD, bias_V)
+            with torch.set_grad_enabled(graded):
+                loss_C = losses_of(number, raw_NV.requires_grad_(graded))
+                block_total = loss_C.sum() * weight
+            if graded:
+                (grad_NV,) = torch.autograd.grad(block_total, raw_NV)
+                _add_gradients(grads, grad_NV, hidden_ND, weight_VD, place_N)
             losses.append(loss_C.detach())
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+        ctx.save_for_backward(*grads)
         loss_C = torch.cat(losses)
         ctx.mark_non_differentiable(loss_C)
         return loss_C.sum() * weight, loss_C
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_ND * grads[0], grad_weight_VD * grads[0], None, None, None
+        scale, kept = float(grads[0]), ctx.saved_tensors
+        if scale != 1:  # else nothing of the head's size is copied
+            kept = [None if x is None else x * scale for x in kept]
+        return *kept, None, None, None, None
+
+
+def _add_gradients(
+    grads: list[Tensor | None],
+    grad_NV: Tensor,
+    hidden_ND: Tensor,
+    weight_VD: Tensor | None,
+    place_N: Tensor,
+) -> None:
+    """Adds what a block's logits give to the gradients of states, weight and bias."""
+    of_hidden, of_weight, of_bias = grads
+    if of_hidden is not None:
+        grad_ND = grad_NV if weight_VD is None else grad_NV.to(weight_VD.dtype) @ weight_VD
+        of_hidden.index_add_(0, place_N, grad_ND.to(of_hidden.dtype))
+    if of_weight is not None:
+        of_weight.addmm_(grad_NV.T.to(of_weight.dtype), hidden_ND.to(of_weight.dtype))
+    if of_bias is not None:
+        of_bias += grad_NV.sum(0)

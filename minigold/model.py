@@ -61,18 +61,25 @@ class ModelConfig:
 
 
 class Head(NamedTuple):
-    """The output layer: `weight_VD` (the embedding itself where tied) and the cap on logits."""
+    """The output layer: `weight_VD` (the embedding itself where tied), a bias, the cap on logits.
+
+    Logits are divided by `temperature`: a model with a temperature is one with another head.
+    """
 
     weight_VD: Tensor
-    softcap: float | None
+    softcap: float | None = None
+    bias_V: Tensor | None = None
+    temperature: float = 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [..., V] of hidden states [..., D]."""
-        return self.cap((hidden @ self.weight_VD.T).float())
+        """[..., V], at least float32, of hidden states [..., D]."""
+        raw = F.linear(hidden, self.weight_VD, self.bias_V)
+        return self.cap(raw if raw.dtype == torch.float64 else raw.float())
 
     def cap(self, raw: Tensor) -> Tensor:
         """Logits of what the matrix gives."""
-        return raw if self.softcap is None else torch.tanh(raw / self.softcap) * self.softcap
+        capped = raw if self.softcap is None else torch.tanh(raw / self.softcap) * self.softcap
+        return capped if self.temperature == 1 else capped / self.temperature
 
 
 @dataclass

@@ -74,8 +74,8 @@ class Pair:
     events: Events
 
 
-def make_pair(student: LanguageModel, teacher: LanguageModel) -> Pair:
-    """Probes both tokenizers and matches their vocabularies.
+def make_pair(student: LanguageModel, teacher: LanguageModel, *, events: str = "prefix") -> Pair:
+    """Probes both tokenizers and matches their vocabularies; `events` is a kind of `events.match`.
 
     Raises:
         ValueError: see `check_student` and `events.match`.
@@ -88,7 +88,8 @@ def make_pair(student: LanguageModel, teacher: LanguageModel) -> Pair:
     sides = (student.tokenizer, [student.end_id], student.n_tokens), (
         teacher.tokenizer, teacher.eos_ids, teacher.n_tokens,
     )  # fmt: skip
-    return Pair(student, teacher, match(*matched(*sides)).to(student.decoder.device))
+    found = match(*matched(*sides), kind=events)
+    return Pair(student, teacher, found.to(student.decoder.device))
 
 
 # -- probes --------------------------------------------------------------------------------------

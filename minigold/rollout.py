@@ -48,7 +48,10 @@ def sample_answers(
     seeds = seeds_of(config.seed, number, DRAW, len(rows))
 
     def watch(logp_BV: Tensor, ids_B: Tensor) -> Tensor:
-        return torch.stack(measure(logp_BV, ids_B, events.student), dim=1)
+        if config.student_temperature != 1:
+            logp_BV = (logp_BV / config.student_temperature).log_softmax(-1)
+        taken_B = logp_BV.gather(1, ids_B[:, None])[:, 0]
+        return torch.stack([*measure(logp_BV, ids_B, events.student), taken_B], dim=1)
 
     drawn = {}
     if live:
@@ -88,7 +91,9 @@ def sample_answers(
             )
         )
         watched = one.watched_SK if one else None
-        side.append((one.logp_S.numpy(), watched.numpy()) if one and watched is not None else None)
+        side.append(
+            (watched[:, 5].numpy(), watched[:, :5].numpy()) if watched is not None else None
+        )
     return answers, side
 
 
@@ -107,6 +112,7 @@ def collect(
         end_ids=pair.teacher.eos_ids,
         side=events.teacher,
         micro_batch=config.micro_batch,
+        temperature=config.teacher_temperature,
     )
     unread = [i for i, known in enumerate(student_side) if known is None]
     with precision(student):
@@ -116,6 +122,7 @@ def collect(
             end_ids=[student.end_id],
             side=events.student,
             micro_batch=config.micro_batch,
+            temperature=config.student_temperature,
         )
     read = {i: (s.logp_T.numpy(), s.measures_T5.numpy()) for i, s in zip(unread, own, strict=True)}
     rollouts = []

@@ -10,9 +10,11 @@ which there is no sampling to take log-probabilities from.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch import Tensor
 from minigold.events import Side, measure
 from minigold.sample import CausalLM, completion_states, pad
 
-__all__ = ["CARRY_FROM", "Carried", "Reading", "Score", "score"]
+__all__ = ["CARRY_FROM", "Carried", "Reading", "Score", "read_states", "score"]
 
 CARRY_FROM = 1e-3  # an overhang under this is left out
 
@@ -62,8 +64,8 @@ class Score:
     """One completion under one model; T tokens.
 
     Args:
-        hidden_MD: T + 1 states on the model's device; state i predicts token i, the last one what
-            follows the completion.
+        hidden_MD: T + 1 states; state i predicts token i, the last one what follows the completion.
+            All else is on the CPU.
         logp_T: float32 on the CPU, nats, of each token.
         end_logp: nats, of any of `end_ids` after the completion.
         measures_T5: `events.measure` of each token.
@@ -76,6 +78,10 @@ class Score:
     measures_T5: Tensor
     carried: dict[int, Carried]
 
+    def to(self, device: torch.device | str) -> Score:
+        """With its states on another device: off the GPU while others are read, say."""
+        return replace(self, hidden_MD=self.hidden_MD.to(device))
+
 
 @torch.no_grad()
 def score(
@@ -85,17 +91,20 @@ def score(
     end_ids: Sequence[int],
     side: Side,
     micro_batch: int = 8,
-    block: int = 64,
+    temperature: float = 1.0,
+    block: int = 16,
 ) -> list[Score]:
-    """Reads completions, in their order.
+    """Reads completions, in their order. Without gradients; states are kept, logits only by block.
 
     Args:
         readings: prompts have at least one token; completions may be empty.
         end_ids: ids whose probabilities add up to the end of the turn.
         side: this model's side of the events, for the audit.
         micro_batch: rows a forward pass, longest first so that padding is small.
+        temperature: of all distributions that are read here.
         block: positions whose logits exist at a time.
     """
+    head = model.head if temperature == 1 else model.head._replace(temperature=temperature)
     order = sorted(
         range(len(readings)), key=lambda i: -len(readings[i].prompt_ids) - len(readings[i].ids)
     )
@@ -106,32 +115,39 @@ def score(
         for hidden_SD, i in zip(model(pad(rows, model.device)), chosen, strict=True):
             one = readings[i]
             states_MD = completion_states(hidden_SD, len(one.prompt_ids), len(one.ids)).clone()
-            scores[i] = _read(model, states_MD, one, end_ids, side, block)
+            scores[i] = read_states(head, states_MD, one, end_ids=end_ids, side=side, block=block)
     return [scores[i] for i in range(len(readings))]
 
 
-def _read(
-    model: CausalLM,
+@torch.no_grad()
+def read_states(
+    head: Any,
     hidden_MD: Tensor,
     reading: Reading,
+    *,
     end_ids: Sequence[int],
     side: Side,
-    block: int,
+    block: int = 16,
 ) -> Score:
+    """The score of a completion whose states are known; arguments as in `Score` and `score`."""
     ids_T = torch.tensor(reading.ids, dtype=torch.int64, device=hidden_MD.device)
+    covers = _covers(reading, side) if side.carries else []
     logps, measures = [hidden_MD.new_zeros(0)], [hidden_MD.new_zeros(0, 5)]
+    masses: list[Tensor] = []
     end_logp = float("-inf")
     for start in range(0, len(hidden_MD), block):
-        logp_NV = model.head.logits(hidden_MD[start : start + block]).log_softmax(-1)
+        logp_NV = head.logits(hidden_MD[start : start + block]).log_softmax(-1)
         if start + block >= len(hidden_MD):
             end_logp = float(logp_NV[-1, list(end_ids)].logsumexp(0))
         ids_N = ids_T[start : start + block]
         logp_NV = logp_NV[: len(ids_N)]
         logps.append(logp_NV.gather(1, ids_N[:, None])[:, 0])
         measures.append(torch.stack(measure(logp_NV, ids_N, side), dim=1))
+        some = covers[len(masses) :]
+        some = some[: bisect_left(some, start + block, key=attrgetter("at"))]
+        masses += _masses(logp_NV, start, some)
     logp_T = torch.cat(logps).cpu()
-    covers = _covers(reading, logp_T.tolist(), side)
-    carried = _carried(model, hidden_MD, covers, block)
+    carried = _carried(covers, masses, logp_T.tolist())
     return Score(hidden_MD, logp_T, end_logp, torch.cat(measures).cpu(), carried)
 
 
@@ -142,30 +158,37 @@ class _Cover(NamedTuple):
     at: int
     ids: Tensor
     rests: Tensor
-    weight: float  # 1 / the probability of the tokens between
 
 
-def _covers(reading: Reading, logp: Sequence[float], side: Side) -> list[_Cover]:
-    """All of them that can hold a mass that counts."""
+def _covers(reading: Reading, side: Side) -> list[_Cover]:
+    """All of them, by `at`."""
     shared, found = {0, *reading.starts}, []
     for start in reading.starts:
-        text, log_path = b"", 0.0
+        text = b""
         told: list[tuple[int, int]] = []  # shared boundaries: bytes to the start, the event taken
         for at in range(start - 1, -1, -1):
             spelled = side.spelling[reading.ids[at]]
             text = spelled + text
             if at in reading.opaque or not spelled or len(text) >= side.longest:
                 break
-            log_path += logp[at]
             event = side.event_of(spelled) if at in shared else None
-            most = math.log1p(-min(math.exp(logp[at]), 1 - 1e-15)) - log_path
-            if most > math.log(CARRY_FROM):
-                ids, rests = _told_apart(side, text, event, told)
-                if len(ids):
-                    found.append(_Cover(start, at, ids, rests, math.exp(min(-log_path, 600.0))))
+            ids, rests = _told_apart(side, text, event, told)
+            if len(ids):
+                found.append(_Cover(start, at, ids, rests))
             if event is not None:
                 told.append((len(text), event))
-    return found
+    return sorted(found, key=attrgetter("at"))
+
+
+def _masses(logp_NV: Tensor, start: int, covers: Sequence[_Cover]) -> list[Tensor]:
+    """Probability of each of the covers' tokens, from rows that start at token `start`."""
+    if not covers:
+        return []
+    sizes = [len(cover.ids) for cover in covers]
+    row_K = torch.tensor([cover.at - start for cover in covers])
+    row_J = row_K.repeat_interleave(torch.tensor(sizes)).to(logp_NV.device)
+    mass_J = logp_NV[row_J, torch.cat([cover.ids for cover in covers])].exp()
+    return list(mass_J.cpu().double().split(sizes))
 
 
 def _told_apart(
@@ -183,7 +206,7 @@ def _told_apart(
 
 
 def _carried(
-    model: CausalLM, hidden_MD: Tensor, covers: Sequence[_Cover], block: int
+    covers: Sequence[_Cover], masses: Sequence[Tensor], logp: Sequence[float]
 ) -> dict[int, Carried]:
     """The longer tokens over each chunk's start, from every token before it that they begin at.
 
@@ -191,22 +214,15 @@ def _carried(
     another event at a shared boundary are left out, as the comparison there has told them apart
     already; events take the place of bytes.
     """
-    masses: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    places = sorted({cover.at for cover in covers})
-    for i in range(0, len(places), block):
-        row = {at: n for n, at in enumerate(places[i : i + block])}
-        some = [cover for cover in covers if cover.at in row]
-        prob_NV = model.head.logits(hidden_MD[places[i : i + block]]).softmax(-1)
-        sizes = [len(cover.ids) for cover in some]
-        rows = torch.tensor([row[cover.at] for cover in some]).repeat_interleave(
-            torch.tensor(sizes)
-        )
-        ids = torch.cat([cover.ids for cover in some])
-        mass = prob_NV[rows.to(ids.device), ids].cpu().double().split(sizes)
-        rests = torch.cat([cover.rests for cover in some]).cpu().split(sizes)
-        for cover, event_K, mass_K in zip(some, rests, mass, strict=True):
-            masses.setdefault(cover.start, []).append((event_K, mass_K * cover.weight))
-    summed = {start: _summed(parts) for start, parts in masses.items()}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for cover, mass_K in zip(covers, masses, strict=True):
+        log_path = sum(
+            logp[cover.at : cover.start]
+        )  # of the tokens between, which they stand beside
+        weighed_K = mass_K * math.exp(min(-log_path, 600.0))
+        if float(weighed_K.sum()) > 0.1 * CARRY_FROM:
+            found.setdefault(cover.start, []).append((cover.rests.cpu(), weighed_K))
+    summed = {start: _summed(parts) for start, parts in found.items()}
     return {start: one for start, one in summed.items() if len(one.event_K)}
 
 

@@ -22,30 +22,21 @@ import torch
 
 import minigold
 from minigold import metrics as measured
-from minigold.batch import Array, Rollout, head_rows, needed_states, pack
+from minigold.batch import Array, Rollout
 from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt
-from minigold.disagree import acceptance, choose
+from minigold.disagree import acceptance
 from minigold.load import LanguageModel
-from minigold.loss import gold_loss
+from minigold.masked import choose_chunks, train_pass
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair, make_pair
-from minigold.rollout import (
-    DATA,
-    MASK,
-    collect,
-    precision,
-    sample_answers,
-    seeds_of,
-)
-from minigold.sample import completion_states, pad
+from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
 from minigold.weights import save_decoder
 
-__all__ = ["Config", "Step", "distill", "train_pass"]
+__all__ = ["Config", "Step", "distill"]
 
 log = logging.getLogger("minigold")
-FLOOR_SHARE = 0.05  # a step's denominator is at least this share of its chunks
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ def distill(
         FloatingPointError: the loss or gradient is not finite; the weights are those before.
     """
     config = config or Config()
-    pair = make_pair(student, teacher)
+    pair = make_pair(student, teacher, events=config.events)
     _check_prompts(prompts, pair, config)
     if out is not None:
         _open_run(out, pair, config)
@@ -141,21 +132,17 @@ def take_step(
     rollouts = collect(pair, answers, student_side, config)
     if number == 1:
         measured.audit(rollouts, pair.events)
-    generator = torch.Generator().manual_seed(seeds_of(config.seed, number, MASK, 1)[0])
     kept = [
         acceptance(*map(torch.as_tensor, (r.student_logp_C, r.teacher_logp_C, r.scorable_C)))
         for r in rollouts
     ]
-    chosen = [
-        choose(a, where=config.where, threshold=config.threshold, generator=generator).numpy()
-        & (r.overhang_C <= config.max_overhang)
-        for a, r in zip(kept, rollouts, strict=True)
-    ]
+    seed = seeds_of(config.seed, number, MASK, 1)[0]
+    chosen = choose_chunks(rollouts, kept, pair.events, config, seed=seed)
     clock.append(time.perf_counter())
     optimizer.zero_grad(set_to_none=True)
     result = train_pass(pair, rollouts, chosen, config)
     norm = 0.0
-    if any(mask.any() for mask in chosen):
+    if any(mask.any() for mask in result.trained):
         parameters = list(pair.student.decoder.parameters())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
         if not (math.isfinite(norm) and math.isfinite(result.loss)):
@@ -168,85 +155,12 @@ def take_step(
         log.warning("step %d: no chunk was chosen; no optimizer step is taken", number)
     clock.append(time.perf_counter())
     accepted = [a.numpy() for a in kept]
+    trained = result.trained
     numbers = measured.step_metrics(
-        rollouts, chosen, config, loss=result.loss, work_saved=result.work_saved, clock=clock
+        rollouts, trained, config, loss=result.loss, work_saved=result.work_saved, clock=clock
     )
     extra = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-    return Step({"step": number, **numbers, **extra}, rollouts, accepted, chosen)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """`loss` in nats per trained chunk (of at least 5 % of all); `work_saved` in 0 to 1."""
-
-    loss: float
-    work_saved: float
-
-
-def train_pass(
-    pair: Pair, rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config
-) -> Pass:
-    """Adds the gradient of the mean loss over the chosen chunks to the student's parameters.
-
-    Rows run to the last state that a chosen chunk needs; rows without one are left out; the head
-    runs on the needed states alone. One denominator for the whole step.
-    """
-    n_chunks = sum(len(mask) for mask in chosen)
-    n_chosen = sum(int(mask.sum()) for mask in chosen)
-    weight = 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)
-    needs = [needed_states(r, mask) for r, mask in zip(rollouts, chosen, strict=True)]
-    lengths = [len(r.answer.prompt_ids) + n - 1 for r, n in zip(rollouts, needs, strict=True)]
-    order = sorted((i for i, n in enumerate(needs) if n), key=lambda i: -lengths[i])
-    device, total = pair.student.decoder.device, 0.0
-    for start in range(0, len(order), config.micro_batch):
-        some = order[start : start + config.micro_batch]
-        inputs = [
-            [*rollouts[i].answer.prompt_ids, *rollouts[i].answer.ids][: lengths[i]] for i in some
-        ]
-        with precision(pair.student):
-            hidden_BSD = pair.student.decoder(pad(inputs, device))
-            states = [
-                completion_states(hidden_SD, len(rollouts[i].answer.prompt_ids), needs[i] - 1)
-                for hidden_SD, i in zip(hidden_BSD, some, strict=True)
-            ]
-            student_ND, teacher_CK, rows = pack(
-                [rollouts[i] for i in some],
-                [chosen[i] for i in some],
-                states,
-                teacher_end_id=pair.teacher.end_id,
-            )
-            loss = gold_loss(
-                student_ND,
-                teacher_CK,
-                student_head=pair.student.decoder.head,
-                teacher_head=pair.teacher.decoder.head,
-                rows=rows,
-                events=pair.events,
-                beta=config.beta,
-                weight=weight,
-            ).total
-        loss.backward()
-        total += float(loss.detach())
-    return Pass(total, work_saved(pair.student, rollouts, chosen, lengths, needs))
-
-
-def work_saved(
-    student: LanguageModel,
-    rollouts: Sequence[Rollout],
-    chosen: Sequence[Array],
-    lengths: Sequence[int],
-    needs: Sequence[int],
-) -> float:
-    """Share of the training pass's matrix products that the mask leaves out (attention aside)."""
-    head = student.decoder.head.weight_VD.numel()
-    body = sum(p.numel() for p in student.decoder.parameters()) - head
-    spent = full = 0
-    for r, mask, length, need in zip(rollouts, chosen, lengths, needs, strict=True):
-        heads = head_rows(r)
-        spent += (body * length if need else 0) + head * int(heads[mask].sum())
-        every = needed_states(r, np.ones(len(mask), dtype=bool))
-        full += body * (len(r.answer.prompt_ids) + every - 1) + head * int(heads.sum())
-    return 1 - spent / full if full else 0.0
+    return Step({"step": number, **numbers, **extra}, rollouts, accepted, trained)
 
 
 def _check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:

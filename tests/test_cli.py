@@ -37,6 +37,7 @@ DESIGN_OPTIONS = """--steps --batch-size --rollouts --micro-batch --max-new-toke
     --warmup --weight-decay --clip --plain-prompt --student-plain --teacher-plain --seed --device
     --dtype --log-every --eval-every --save-every --keep --patience --teacher --student --prompts
     --out --config --dry-run --resume"""
+MORE_OPTIONS = "--student-temperature --teacher-temperature --replay"
 VARYING = {"seconds", "seconds_sample", "seconds_teacher", "seconds_train", "peak_memory_gib"}
 PROMPTS = [
     {"prompt": "hello", "id": 7},
@@ -255,12 +256,10 @@ def test_wrong_commands_are_refused(work: Path, args: list[str | Path], message:
         (["--lr", "inf"], "expected --lr finite, got inf"),
         (["--temperature", "inf"], "expected --temperature finite, got inf"),
         (["--beta", "1.01"], "expected --beta from 0 to 1, got 1.01"),
-        (["--where", "soft-or"], r"expected --where one of .* \(divergence, soft-or and random: not"),
-        (["--where", "divergence"], "not built yet"),
-        (["--where", "random"], "not built yet"),
-        (["--events", "strict"], r"expected --events prefix \(strict and byte: not built yet\), got 'st"),
-        (["--events", "byte"], "not built yet"),
-        (["--events", ""], "expected --events prefix"),
+        (["--where", "often"], "expected --where one of all, sampled, .* random, got 'often'"),
+        (["--replay", "reject"], "expected --replay with --where random only, got 'reject'"),
+        (["--fraction", "0.5"], "expected --fraction with the masks divergence and soft-or only"),
+        (["--events", ""], "expected --events one of prefix, strict, byte, got ''"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -284,7 +283,7 @@ def test_commands_that_are_not_built_are_refused(work: Path, name: str) -> None:
 
 def test_every_option_and_command_of_the_design_is_there_or_refused() -> None:
     listed = re.findall(r"--[\w-]+", run("train", "--help").out)
-    assert {*listed, *NOT_BUILT} == {"--help", *DESIGN_OPTIONS.split()}
+    assert {*listed, *NOT_BUILT} == {"--help", *DESIGN_OPTIONS.split(), *MORE_OPTIONS.split()}
     assert not set(listed) & set(NOT_BUILT)
     commands = re.search(r"\{(.*?)\}", run("--help").out)
     assert commands is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from minigold.events import Side, match, measure
 from minigold.offsets import Vocabulary
@@ -103,6 +104,13 @@ def test_overhang_of_the_worked_example() -> None:
     assert measure(logp_NV, torch.tensor([0]), events.student).stay_N.item() == 0.0
 
 
+def carried(side: Side, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor:
+    """Masses of `Side.over`, in the columns of `Side.project`."""
+    row_J, id_J, event_J = side.over(ids_N, inside_N)
+    empty_NX = prob_NV.new_zeros(len(ids_N), side.n_events + 2)
+    return empty_NX.index_put((row_J, side.column(event_J)), prob_NV[row_J, id_J], accumulate=True)
+
+
 def test_tokens_that_were_another_event_are_no_overhang() -> None:
     """`help` is an event of its own, so `hel` was told apart from it where both begin."""
     student, teacher = words("hel", "help", "lo"), words("hel", "help", "hello", "lo")
@@ -113,7 +121,7 @@ def test_tokens_that_were_another_event_are_no_overhang() -> None:
     assert measured.inside_N.item() == pytest.approx(math.log(0.1 / 0.9))
     lo = events.event_bytes.index(b"lo")
     for inside, mass in ((False, 0.3), (True, 0.8)):
-        carried_NX = events.teacher.carry(prob_NW, torch.tensor([0]), torch.tensor([inside]))
+        carried_NX = carried(events.teacher, prob_NW, torch.tensor([0]), torch.tensor([inside]))
         assert carried_NX[0, lo].item() == pytest.approx(0.3)
         assert carried_NX.sum().item() == pytest.approx(mass)
 
@@ -141,7 +149,11 @@ def check_side(vocabulary: Vocabulary, side: Side, names: Sequence[bytes], seed:
     ]
     torch.testing.assert_close(got_NX, torch.tensor(want, dtype=torch.float64))
     torch.testing.assert_close(got_NX.sum(1), torch.ones(3, dtype=torch.float64))
-    carried_NX = side.carry(prob_NV, ids_N, inside_N)
+    grad_NX = torch.randn(got_NX.shape, generator=torch.Generator().manual_seed(seed)).double()
+    leaf_NV = prob_NV.clone().requires_grad_()
+    (spread_NV,) = torch.autograd.grad((side.project(leaf_NV) * grad_NX).sum(), leaf_NV)
+    torch.testing.assert_close(side.spread(grad_NX), spread_NV)
+    carried_NX = carried(side, prob_NV, ids_N, inside_N)
     measured = measure(prob_NV.log(), ids_N, side)
     for n, (i, inside) in enumerate(zip(ids_N.tolist(), inside_N.tolist(), strict=True)):
         masses = slow.carry(prob_NV[n].tolist(), slow.texts[i], None if inside else slow.events[i])
@@ -157,6 +169,83 @@ def check_side(vocabulary: Vocabulary, side: Side, names: Sequence[bytes], seed:
         assert measured.shared_N[n].item() == pytest.approx(own)
         total = measured.shared_N[n] + measured.projected_N[n] + measured.other_N[n]
         assert total.item() == pytest.approx(1)
+
+
+def test_strict_sends_unshared_tokens_nowhere_and_counts_them_as_overhang() -> None:
+    """`hello` is the teacher's alone: what it would have covered is missing after `hel`."""
+    student, teacher = words("hel", "help", "lo"), words("hel", "help", "hello", "lo")
+    events = match(student, teacher, kind="strict")
+    assert events.event_bytes == (b"hel", b"help", b"lo", b"")
+    assert events.teacher.event_V.tolist() == [0, 1, 4, 2, 3]
+    assert events.teacher.shared_V.tolist() == [True, True, False, True, True]
+    assert not events.carries and not events.other_costs
+    prob_NW = torch.tensor([[0.1, 0.5, 0.3, 0.1, 0.0]])
+    measured = measure(prob_NW.log(), torch.tensor([0]), events.teacher)
+    assert measured.stay_N.item() == pytest.approx(math.log(0.1 / 0.4))
+    assert measured.other_N.item() == pytest.approx(0.3)
+
+
+@given(two_vocabularies(), st.integers(0, 2**32 - 1))
+def test_strict_is_both_sides_on_the_shared_strings(
+    pair: tuple[Vocabulary, Vocabulary], seed: int
+) -> None:
+    events = match(*pair, kind="strict")
+    if events.identical:
+        return
+    shared = sorted(set(pair[0].token_bytes[:-1]) & set(pair[1].token_bytes[:-1]))
+    assert events.event_bytes == (*shared, b"")
+    for vocabulary, side in zip(pair, (events.student, events.teacher), strict=True):
+        n = len(vocabulary.token_bytes)
+        g = torch.Generator().manual_seed(seed)
+        prob = (2 * torch.randn(1, n, generator=g)).double().softmax(-1)
+        want = [0.0] * (len(shared) + 3)
+        for text, role, p in zip(
+            vocabulary.token_bytes, vocabulary.roles, prob[0].tolist(), strict=True
+        ):
+            place = shared.index(text) if text in shared else len(shared) + 2
+            want[len(shared) if role == "end" else place] += p
+        assert side.project(prob)[0].tolist() == pytest.approx(want)
+
+
+@given(two_vocabularies(), st.integers(0, 2**32 - 1))
+def test_byte_is_the_law_of_the_next_byte(pair: tuple[Vocabulary, Vocabulary], seed: int) -> None:
+    events = match(*pair, kind="byte")
+    assert events.event_bytes == (*(bytes([b]) for b in range(256)), b"")
+    assert not events.carries and events.other_costs
+    for vocabulary, side in zip(pair, (events.student, events.teacher), strict=True):
+        g = torch.Generator().manual_seed(seed)
+        prob = (2 * torch.randn(1, len(vocabulary.roles), generator=g)).double().softmax(-1)
+        want = [0.0] * 259
+        for text, role, p in zip(
+            vocabulary.token_bytes, vocabulary.roles, prob[0].tolist(), strict=True
+        ):
+            want[256 if role == "end" else text[0]] += p
+        assert side.project(prob)[0].tolist() == pytest.approx(want)
+
+
+def test_with_one_tokenizer_byte_has_no_overhang() -> None:
+    """Both sides have the same boundaries, so that none says more than the other."""
+    vocabulary = words("hel", "hello", "lo")
+    for kind, carried_over in (("byte", 0), ("prefix", 0), ("strict", 0)):
+        side = match(vocabulary, vocabulary, kind=kind).student
+        assert len(side.over(torch.tensor([0]), torch.tensor([False]))[1]) == carried_over
+        logp = torch.tensor([[0.5, 0.4, 0.05, 0.05]]).log()
+        assert measure(logp, torch.tensor([0]), side).stay_N.item() == 0
+
+
+def test_markers_have_no_event_in_any_set() -> None:
+    student = Vocabulary((b"a", b"", b""), ("text", "special", "end"))
+    teacher = Vocabulary((b"a", b"b", b"<think>", b""), ("text", "text", "special", "end"))
+    for kind, n_events in (("prefix", 2), ("strict", 2), ("byte", 257)):
+        events = match(student, teacher, kind=kind)
+        assert events.n_events == n_events
+        assert events.student.event_V[1] == events.teacher.event_V[2] == n_events
+        assert events.student.event_V[2] == events.teacher.event_V[3] == n_events - 1
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of prefix, strict, byte, got 'words'"):
+        match(words("a"), words("a", "b"), kind="words")
 
 
 @given(two_vocabularies(), st.integers(0, 2**32 - 1))

@@ -71,6 +71,7 @@ def rollout(
         scorable_C=flaw == EXACT,
         student_stay_C=np.log1p(-ours_C),
         teacher_stay_C=np.log1p(-theirs_C),
+        overhang_C=np.maximum(ours_C, theirs_C),
         student_measures_S5=measures(s, shared, other),
         teacher_measures_T5=measures(t, shared - 0.1, other / 2),
     )  # fmt: skip
@@ -195,6 +196,7 @@ def test_null_stands_where_nothing_was_there_to_measure() -> None:
         teacher_logp_C=none,
         student_stay_C=none,
         teacher_stay_C=none,
+        overhang_C=none,
         scorable_C=none.astype(bool),
     )
     got = metrics_of([silent], [np.zeros(0, dtype=bool)])

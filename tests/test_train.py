@@ -13,17 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigold import train
+from minigold import masked
 from minigold.batch import Rollout, answer_of, needed_states, pack
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.load import LanguageModel
 from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows, chunk_losses
+from minigold.masked import train_pass
 from minigold.offsets import CUT, SPECIAL, encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.teacher import Reading, score
-from minigold.train import batches_of, distill, learning_rate, take_step, train_pass
+from minigold.train import batches_of, distill, learning_rate, take_step
 from reference_losses import gkd
 from tiny_models import new_decoder, tiny_model
 from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe, unigram
@@ -251,10 +252,12 @@ def dense_gradient(pair: Pair, rollouts: list[Rollout], chosen: list[Any], beta:
             nothing = torch.zeros(0, dtype=torch.int64)
             rows = ChunkRows(
                 Rows(
+                    torch.arange(last - first),
                     torch.zeros(last - first, dtype=torch.int64),
                     torch.tensor(a.ids[first:last]),
                     torch.tensor(kinds),
                 ),
+                torch.tensor([0]),
                 torch.tensor([[*a.teacher_ids, pair.teacher.end_id][c.t0[k]]]),
                 torch.tensor([np.nan_to_num(r.teacher_logp_C[k])], dtype=torch.float32),
                 Carry(
@@ -336,7 +339,7 @@ def test_bfloat16_products_give_nearly_the_same_step(monkeypatch: pytest.MonkeyP
     pair = cross_pair()
     rollouts = rollouts_of(pair)
     full = gradient_of(pair, rollouts, all_chosen(rollouts), CONFIG)
-    monkeypatch.setattr(train, "precision", lambda _model: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(masked, "precision", lambda _model: torch.autocast("cpu", torch.bfloat16))
     half = gradient_of(pair, rollouts, all_chosen(rollouts), CONFIG)
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
@@ -433,10 +436,12 @@ def test_the_row_before_a_chunk_says_where_its_token_began() -> None:
     for number in range(1, 25):
         for r in rollouts_of(pair, number=number):
             mask = np.ones(len(r.chunks.s0), dtype=bool)
-            states = torch.zeros(needed_states(r, mask), 20)
             if len(mask) == 0:
                 continue
-            rows = pack([r], [mask], [states], teacher_end_id=pair.teacher.end_id)[2].student
+            rows = pack(
+                [r], [mask], student_starts=[3], teacher_starts=[5],
+                teacher_end_id=pair.teacher.end_id,
+            ).student  # fmt: skip
             table = zip(
                 rows.chunk_N.tolist(), rows.ids_N.tolist(), rows.kind_N.tolist(), strict=True
             )
@@ -549,8 +554,15 @@ def test_prompts_that_do_not_fit_are_refused(
         ({"top_p": 0.0}, "--top-p above 0"),
         ({"clip": -1.0}, "--clip at least 0"),
         ({"lmbda": math.nan}, "--lmbda from 0 to 1"),
-        ({"events": "strict"}, "not built yet"),
-        ({"where": "soft-or"}, "not built yet"),
+        ({"student_temperature": 0.0}, "--student-temperature above 0"),
+        ({"teacher_temperature": math.inf}, "--teacher-temperature finite"),
+        ({"events": "words"}, "--events one of prefix, strict, byte, got 'words'"),
+        ({"where": "often"}, "--where one of all, sampled, .*, got 'often'"),
+        ({"where": "random", "replay": "random"}, "--replay one of all, sampled, reject, div"),
+        ({"threshold": 0.4}, "--threshold with the mask reject only, got 0.4"),
+        ({"where": "random", "threshold": 0.4}, "--threshold with the mask reject only"),
+        ({"where": "reject", "fraction": 0.1}, "--fraction with the masks divergence and soft-or"),
+        ({"where": "all", "replay": "reject"}, "--replay with --where random only"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:

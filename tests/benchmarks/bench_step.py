@@ -24,6 +24,7 @@ import minigold as mg
 from minigold.batch import Rollout, needed_states, pack
 from minigold.load import LanguageModel
 from minigold.loss import chunk_losses, gold_loss
+from minigold.masked import starts_of
 from minigold.offsets import encode_continuation, spans_of_ids
 from minigold.pair import Pair, make_pair
 from minigold.sample import completion_states, pad, sample
@@ -111,8 +112,10 @@ def of_loss(pair: Pair, rollouts: list[Rollout], turns: int) -> Figures:
         with torch.no_grad():
             hidden_SD = student(pad([[*prompt, *r.answer.ids]], student.device))[0]
         states.append(completion_states(hidden_SD, len(prompt), last))
-    hidden_ND, teacher_CK, rows = pack(rollouts, masks, states, teacher_end_id=pair.teacher.end_id)
-    hidden_ND.requires_grad_()
+    critic = [r.score.hidden_MD for r in rollouts]
+    starts = {"student_starts": starts_of(states), "teacher_starts": starts_of(critic)}
+    rows = pack(rollouts, masks, **starts, teacher_end_id=pair.teacher.end_id)
+    hidden_ND, teacher_CK = torch.cat(states).requires_grad_(), torch.cat(critic)
     common: dict[str, Any] = {"rows": rows, "events": pair.events, "beta": 0.5}
     weight, ends = 1 / len(rows.observed_C), (student.head, teacher.head)
 
@@ -133,7 +136,7 @@ def of_loss(pair: Pair, rollouts: list[Rollout], turns: int) -> Figures:
     runs = {"blockwise": lambda: run(blockwise), "dense": lambda: run(dense)}
     seconds = in_turns(turns, **runs)
     assert np.allclose(values, values[0], rtol=1e-4)
-    figures = {"loss chunks": len(teacher_CK), "loss student rows": len(hidden_ND)}
+    figures = {"loss chunks": len(rows.observed_C), "loss student rows": len(rows.student.ids_N)}
     figures |= {f"loss {name} s": value for name, value in seconds.items()}
     return figures | {f"loss {name} peak MiB": peak_mib(run) for name, run in runs.items()}
 

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step's rollouts in, the chunks to train and the student's gradient there out.
+
+A mask saves work in three ways: rows without a chosen chunk are left out, the others end after their
+last one, and the head runs on the chosen states alone. The gradient is that of the whole computation
+with the other chunks' losses left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigold.batch import Array, Rollout, head_rows, needed_states, pack
+from minigold.config import Config
+from minigold.disagree import KNOWN_BEFORE, budget, choose, largest, replayed, soft_or
+from minigold.events import Events
+from minigold.load import LanguageModel
+from minigold.loss import gold_loss, look
+from minigold.pair import Pair
+from minigold.rollout import precision
+from minigold.sample import completion_states, pad
+
+__all__ = ["Pass", "choose_chunks", "train_pass"]
+
+FLOOR_SHARE = 0.05  # a step's denominator is at least this share of its chunks
+
+
+def choose_chunks(
+    rollouts: Sequence[Rollout],
+    kept: Sequence[Tensor],
+    events: Events,
+    config: Config,
+    *,
+    seed: int,
+) -> list[Array]:
+    """The chunks to train; for `divergence` and `soft-or` those that `train_pass` picks from.
+
+    Args:
+        kept: the acceptance of each rollout's chunks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    comparable = [r.comparable_C(events, config.max_overhang) for r in rollouts]
+    chosen = comparable
+    if config.mask in KNOWN_BEFORE:
+        chosen = [
+            choose(a, where=config.mask, threshold=config.threshold, generator=generator).numpy()
+            & can
+            for a, can in zip(kept, comparable, strict=True)
+        ]
+    if config.where != "random":
+        return chosen
+    count = sum(n_trained(rollouts, chosen, config))
+    drawn = replayed(count, torch.from_numpy(np.concatenate(comparable)), generator)
+    return np.split(drawn.numpy(), np.cumsum([len(can) for can in comparable])[:-1])
+
+
+def n_trained(rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config) -> list[int]:
+    """How many chunks each micro-batch trains: those chosen, or the masks' fraction of them."""
+    counts = [
+        sum(int(chosen[i].sum()) for i in some)
+        for some in micro_batches(rollouts, chosen, config.micro_batch)
+    ]
+    known = config.mask in KNOWN_BEFORE
+    return counts if known else [budget(n, config.fraction) for n in counts]
+
+
+def micro_batches(
+    rollouts: Sequence[Rollout], chosen: Sequence[Array], size: int
+) -> list[list[int]]:
+    """Rollouts that have chosen chunks, longest first so that padding is small."""
+    lengths = [n_inputs(r, mask) for r, mask in zip(rollouts, chosen, strict=True)]
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def n_inputs(rollout: Rollout, chosen_C: Array) -> int:
+    """Tokens that the student must read for the chosen chunks, the prompt included; 0 for none."""
+    needed = needed_states(rollout, chosen_C)
+    return len(rollout.answer.prompt_ids) + needed - 1 if needed else 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """`loss` in nats per trained chunk (of at least 5 % of all); `work_saved` in 0 to 1.
+
+    `trained`: the chunks that were trained, a bool mask per rollout.
+    """
+
+    loss: float
+    work_saved: float
+    trained: list[Array]
+
+
+def train_pass(
+    pair: Pair, rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config
+) -> Pass:
+    """Adds the gradient of the mean loss over the trained chunks to the student's parameters.
+
+    Rows run to the last state that a chosen chunk needs; rows without one are left out; the head
+    runs on the needed states alone. One denominator for the whole step. `divergence` and `soft-or`
+    train the largest `--fraction` of each micro-batch's chosen chunks.
+    """
+    n_chunks = sum(len(mask) for mask in chosen)
+    n_chosen = sum(n_trained(rollouts, chosen, config))
+    weight = 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)
+    device, total = pair.student.decoder.device, 0.0
+    heads = {
+        "student_head": tempered(pair.student, config.student_temperature),
+        "teacher_head": tempered(pair.teacher, config.teacher_temperature),
+    }
+    trained = [np.zeros_like(mask) for mask in chosen]
+    for some in micro_batches(rollouts, chosen, config.micro_batch):
+        rows, masks = [rollouts[i] for i in some], [chosen[i] for i in some]
+        lengths = [n_inputs(r, mask) for r, mask in zip(rows, masks, strict=True)]
+        inputs = [
+            [*r.answer.prompt_ids, *r.answer.ids][:n] for r, n in zip(rows, lengths, strict=True)
+        ]
+        teacher = [r.score.hidden_MD.to(device) for r in rows]
+        with precision(pair.student):
+            hidden_BSD = pair.student.decoder(pad(inputs, device))
+            student = [
+                completion_states(hidden_SD, len(r.answer.prompt_ids), n - len(r.answer.prompt_ids))
+                for hidden_SD, r, n in zip(hidden_BSD, rows, lengths, strict=True)
+            ]
+            places: dict[str, Any] = {
+                "student_starts": starts_of(student),
+                "teacher_starts": starts_of(teacher),
+                "teacher_end_id": pair.teacher.end_id,
+                "device": device,
+            }
+            states = torch.cat(student), torch.cat(teacher)
+            settings: dict[str, Any] = {**heads, "events": pair.events, "beta": config.beta}
+            if config.picks:
+                values = look(*states, rows=pack(rows, masks, **places), **settings)
+                masks = pick(*values, masks, config)
+            packed = pack(rows, masks, **places)
+            loss = gold_loss(*states, rows=packed, **settings, weight=weight).total
+        loss.backward()
+        total += float(loss.detach())
+        for i, mask in zip(some, masks, strict=True):
+            trained[i] = mask
+    return Pass(total, work_saved(pair.student, rollouts, chosen, trained), trained)
+
+
+def tempered(model: LanguageModel, temperature: float) -> Any:
+    """The model's head, its logits divided by a temperature."""
+    head = model.decoder.head
+    return head if temperature == 1 else head._replace(temperature=temperature)
+
+
+def starts_of(parts: Sequence[Tensor]) -> list[int]:
+    """Where each part starts when all are put end to end."""
+    return [0, *np.cumsum([len(part) for part in parts])[:-1].tolist()]
+
+
+def pick(loss_C: Tensor, entropy_C: Tensor, chosen: Sequence[Array], config: Config) -> list[Array]:
+    """Of a micro-batch's chosen chunks (C of them) the largest `--fraction`, as masks per rollout."""
+    scores_C = loss_C if config.where == "divergence" else soft_or(entropy_C, loss_C)
+    kept, picked = largest(scores_C, config.fraction).cpu().numpy(), []
+    for mask in chosen:
+        one = np.zeros_like(mask)
+        one[mask], kept = kept[: mask.sum()], kept[mask.sum() :]
+        picked.append(one)
+    return picked
+
+
+def work_saved(
+    student: LanguageModel,
+    rollouts: Sequence[Rollout],
+    chosen: Sequence[Array],
+    trained: Sequence[Array],
+) -> float:
+    """Share of the training pass's matrix products that the mask leaves out (attention aside).
+
+    A backward pass is twice a forward pass. Where fewer chunks are trained than were chosen, all
+    chosen ones went through the head once before.
+    """
+    head = student.decoder.head.weight_VD.numel()
+    body = sum(p.numel() for p in student.decoder.parameters()) - head
+    spent = full = 0
+    for r, looked, mask in zip(rollouts, chosen, trained, strict=True):
+        every, heads = np.ones(len(mask), dtype=bool), head_rows(r)
+        seen = 0 if np.array_equal(looked, mask) else int(heads[looked].sum())
+        spent += 3 * body * n_inputs(r, looked) + head * (3 * int(heads[mask].sum()) + seen)
+        full += 3 * (body * n_inputs(r, every) + head * int(heads.sum()))
+    return 1 - spent / full if full else 0.0
