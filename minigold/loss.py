@@ -210,32 +210,28 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, student_NX: Tensor, teacher_NX: Tensor, beta: float
     ) -> tuple[Tensor, Tensor]:
-        s_sum_N1, t_sum_N1 = (
-            x.sum(-1, keepdim=True).clamp_(min=RARE) for x in (student_NX, teacher_NX)
-        )
+        s_raw_N1, t_raw_N1 = (x.sum(-1, keepdim=True) for x in (student_NX, teacher_NX))
+        s_sum_N1, t_sum_N1 = s_raw_N1.clamp(min=RARE), t_raw_N1.clamp(min=RARE)
         s_NX, t_NX = student_NX.clamp(min=FLOOR), teacher_NX.clamp(min=FLOOR)
         a_NX = _slope(t_NX / s_NX, s_sum_N1 / t_sum_N1, beta)
         b_NX = _slope(s_NX / t_NX, t_sum_N1 / s_sum_N1, 1 - beta)
         a_mean_N1 = s_NX.mul_(a_NX).sum(-1, keepdim=True) / s_sum_N1
         b_mean_N1 = t_NX.mul_(b_NX).sum(-1, keepdim=True) / t_sum_N1
-        ctx.set_materialize_grads(False)
-        sides = (student_NX, a_NX, a_mean_N1, s_sum_N1), (teacher_NX, b_NX, b_mean_N1, t_sum_N1)
-        kept: list[Tensor | None] = []
-        for need, (prob_NX, slope_NX, mean_N1, sum_N1) in zip(
-            ctx.needs_input_grad, sides, strict=False
-        ):
-            slope_NX.masked_fill_(prob_NX < FLOOR, 0.0)
-            kept += [slope_NX, mean_N1, sum_N1] if need else [None, None, None]
-        ctx.save_for_backward(*kept)
-        return (a_mean_N1 + b_mean_N1)[:, 0], s_sum_N1[:, 0]
+        needs_s, needs_t, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            *((a_NX.masked_fill_(student_NX < FLOOR, 0.0), a_mean_N1, s_raw_N1) if needs_s else ()),
+            *((b_NX.masked_fill_(teacher_NX < FLOOR, 0.0), b_mean_N1, t_raw_N1) if needs_t else ()),
+        )
+        return (a_mean_N1 + b_mean_N1)[:, 0], s_raw_N1[:, 0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor | None, grad_sum_N: Tensor | None) -> tuple[Any, ...]:
-        a_NX, a_mean_N1, s_sum_N1, b_NX, b_mean_N1, t_sum_N1 = ctx.saved_tensors
+    def backward(ctx: Any, grad_N: Tensor, grad_sum_N: Tensor) -> tuple[Any, ...]:
+        kept, grad_N1, grad_sum_N1 = ctx.saved_tensors, grad_N[:, None], grad_sum_N[:, None]
+        needs_s, needs_t, _ = ctx.needs_input_grad
         return (
-            _unscaled(a_NX, a_mean_N1, s_sum_N1, grad_N, grad_sum_N),
-            _unscaled(b_NX, b_mean_N1, t_sum_N1, grad_N, None),
+            _unscaled(kept[0], kept[1], kept[2], grad_N1, grad_sum_N1) if needs_s else None,
+            _unscaled(kept[-3], kept[-2], kept[-1], grad_N1, 0 * grad_N1) if needs_t else None,
             None,
         )
 
@@ -256,18 +252,12 @@ def _slope(ratio_NX: Tensor, scale_N1: Tensor, share: float) -> Tensor:
 
 
 def _unscaled(
-    slope_NX: Tensor | None, mean_N1: Tensor, sum_N1: Tensor, grad_N: Tensor | None,
-    grad_sum_N: Tensor | None,
-) -> Tensor | None:  # fmt: skip
+    slope_NX: Tensor, mean_N1: Tensor, sum_N1: Tensor, grad_N1: Tensor, grad_sum_N1: Tensor
+) -> Tensor:
     """The derivative by rows as they were before the scaling."""
-    if slope_NX is None:
-        return None
-    grad_N1 = torch.zeros_like(sum_N1) if grad_N is None else grad_N[:, None]
-    by_sum_N1 = -mean_N1 * grad_N1 / sum_N1
-    if grad_sum_N is not None:
-        by_sum_N1 = by_sum_N1 + grad_sum_N[:, None]
-    by_sum_N1 = torch.where(sum_N1 > RARE, by_sum_N1, 0.0)
-    return torch.addcmul(by_sum_N1, slope_NX, grad_N1 / sum_N1)
+    scaled_N1 = grad_N1 / sum_N1.clamp(min=RARE)
+    by_sum_N1 = torch.where(sum_N1 > RARE, grad_sum_N1 - mean_N1 * scaled_N1, grad_sum_N1)
+    return torch.addcmul(by_sum_N1, slope_NX, scaled_N1)
 
 
 def chunk_losses(
@@ -304,7 +294,9 @@ def _compare(student_CX: Tensor, teacher_CX: Tensor, events: Events, beta: float
     if not events.other_costs:
         return loss_C
     other_C = other_C1[:, 0]  # -ln(1 - other), exact for an other near 0 as well as near 1
-    hidden_C = torch.where(other_C < 0.5, -torch.log1p(-other_C.clamp(max=0.5)), -inside_C.log())
+    hidden_C = torch.where(
+        other_C < 0.5, -torch.log1p(-other_C.clamp(max=0.5)), -inside_C.clamp(min=FLOOR).log()
+    )
     return loss_C + hidden_C
 
 
