@@ -482,10 +482,13 @@ def look(
             events,
         )
         losses.append(_compare(student_CX, teacher_CX, events, beta))
-        inside_CK = student_CX[:, :-1]
-        inside_CK = inside_CK / inside_CK.sum(-1, keepdim=True).clamp(min=RARE)
-        entropies.append(torch.special.entr(inside_CK).sum(-1))
+        entropies.append(_entropy(student_CX[:, :-1]))
     return torch.cat(losses), torch.cat(entropies)
+
+
+def _entropy(weight_CX: Tensor) -> Tensor:
+    """In nats, of rows scaled to sum to 1."""
+    return torch.special.entr(weight_CX / weight_CX.sum(-1, keepdim=True).clamp(min=RARE)).sum(-1)
 
 
 def _logits(states: Tensor, head: Head | None) -> Tensor:
