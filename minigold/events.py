@@ -80,26 +80,27 @@ class Side:
         }
         return replace(self, **moved, known={})
 
-    def project(self, prob_NV: Tensor) -> Tensor:
+    def project(self, prob_NV: Tensor, floor: float = 0.0) -> Tensor:
         """Adds up token probabilities by event.
 
         Args:
             prob_NV: float, rows that sum to 1; differentiable.
+            floor: is added to each column.
 
         Returns:
             prob_NX: `n_events + 2` columns: the events, an empty column for the observed chunk,
             and *other*; rows sum to 1.
         """
         if self.identity:
-            return torch.nn.functional.pad(prob_NV, (0, 2))
+            return torch.nn.functional.pad(prob_NV, (0, 2)).add_(floor)
         n, v = prob_NV.shape
-        empty_NX = prob_NV.new_zeros(n, self.n_events + 2)
-        return empty_NX.scatter_add_(1, self.column_V.expand(n, v), prob_NV)
+        floor_NX = prob_NV.new_full((n, self.n_events + 2), floor)
+        return floor_NX.scatter_add_(1, self.column_V.expand(n, v), prob_NV)
 
     def spread(self, grad_NX: Tensor) -> Tensor:
         """What each token's event has, [N, V]: the derivative of `project`, transposed."""
         if self.identity:
-            return grad_NX[:, :-2]
+            return grad_NX[:, :-2].clone()
         return grad_NX.index_select(1, self.column_V)
 
     def column(self, event_K: Tensor) -> Tensor:
@@ -247,20 +248,20 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
     return Events(names, ours, theirs, identical, kind)
 
 
-def measure(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
+def measure(prob_NV: Tensor, logp_N: Tensor, ids_N: Tensor, side: Side) -> Measures:
     """Mass audit of predictions, and the overhang of the boundary after each taken token.
 
     A boundary after token c says that no longer token was taken there. With m the mass of the
-    tokens of `Side.over`, `overhang = m / (m + p(c))` is the share of what is known of
-    the text after c that the prediction after c leaves out. It is given as `ln(1 - overhang)`,
-    which keeps its digits for an improbable c; `inside_N` is the same where c does not start at a
-    shared boundary. One range sum over the vocabulary sorted by bytes.
+    tokens of `Side.over`, `overhang = m / (m + p(c))` is the share of what is known of the text
+    after c that the prediction after c leaves out. It is given as `ln(1 - overhang)`, which keeps
+    its digits for an improbable c; `inside_N` is the same where c does not start at a shared
+    boundary. One range sum over the vocabulary sorted by bytes.
 
     Args:
-        logp_NV: log-probabilities in nats.
-        ids_N: int64, the token taken at each position.
+        prob_NV: rows that sum to 1.
+        logp_N: nats, of the token taken at each position.
+        ids_N: int64, that token.
     """
-    prob_NV = logp_NV.exp()
     size_N = side.high_V[ids_N] - side.low_V[ids_N]
     row_K = torch.repeat_interleave(torch.arange(len(ids_N), device=ids_N.device), size_N)
     begin_N = side.low_V[ids_N] - (size_N.cumsum(0) - size_N)
@@ -270,8 +271,7 @@ def measure(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
     merged_K = (event_K == side.event_V[ids_N[row_K]]) | (event_K == side.n_events)
     masses_K2 = torch.stack([mass_K * merged_K, mass_K], dim=1)
     longer_N2 = prob_NV.new_zeros(len(ids_N), 2).index_add(0, row_K, masses_K2)
-    taken_N1 = logp_NV.gather(1, ids_N[:, None])
-    stay_N2 = -torch.nn.functional.softplus(longer_N2.log() - taken_N1)  # ln(p(c) / (p(c) + m))
+    stay_N2 = -torch.nn.functional.softplus(longer_N2.log() - logp_N[:, None])  # p(c) / (p(c) + m)
     other_V = side.event_V == side.n_events
     kinds_V2 = torch.stack([side.shared_V, other_V], dim=1).to(prob_NV.dtype)
     shared_N, other_N = (prob_NV @ kinds_V2).unbind(1)

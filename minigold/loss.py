@@ -36,7 +36,7 @@ __all__ = [
     "look",
 ]
 
-FLOOR = 1e-18  # probabilities below count as this; its square is still a normal float32
+FLOOR = 1e-18  # is added to every probability, so that all logarithms and quotients are finite
 END = 1e-30  # a beta below counts as 0: far below FLOOR, so that nothing jumps there
 RARE = 1e-8  # what was less likely than this is not conditioned on: bounds the gradient
 MOST = 1 - 1e-3  # of an event that its observed chunk takes at most: what is left is no rounding
@@ -58,7 +58,7 @@ class Side(Protocol):
 
     @property
     def event_V(self) -> Tensor: ...
-    def project(self, prob_NV: Tensor) -> Tensor: ...
+    def project(self, prob_NV: Tensor, floor: float = 0.0) -> Tensor: ...
     def spread(self, grad_NX: Tensor) -> Tensor: ...
     def over(self, ids_N: Tensor, inside_N: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def column(self, event_K: Tensor) -> Tensor: ...
@@ -179,8 +179,8 @@ def divergence(student_prob_NX: Tensor, teacher_prob_NX: Tensor, *, beta: float)
     beta -> 1 is KL(student||teacher), and 0.5 is four times the usual JSD.
 
     Args:
-        student_prob_NX, teacher_prob_NX: >= 0; rows are scaled to sum to 1. Values under `FLOOR`
-            count as it. Differentiable, once.
+        student_prob_NX, teacher_prob_NX: >= 0; `FLOOR` is added, then rows are scaled to sum to 1.
+            Differentiable, once.
         beta: 0 to 1.
 
     Raises:
@@ -194,46 +194,51 @@ def divergence(student_prob_NX: Tensor, teacher_prob_NX: Tensor, *, beta: float)
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"expected beta between 0 (forward KL) and 1 (reverse KL), got {beta}")
-    return _Divergence.apply(student_prob_NX, teacher_prob_NX, beta)[0]
+    n = student_prob_NX.shape[1]
+    return _Divergence.apply(student_prob_NX + FLOOR, teacher_prob_NX + FLOOR, n, beta)[0]
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence of rows scaled to sum to 1, and the student's sums before that.
+    """Of the first `n` columns of positive rows, scaled to sum to 1; the student's two sums.
 
     With s and t the scaled rows and m = beta t + (1 - beta) s, the divergence is the sum over
-    events of s a + t b, where a = -ln(m/s) / beta and b = -ln(m/t) / (1 - beta); at the ends one
+    columns of s a + t b, where a = -ln(m/s) / beta and b = -ln(m/t) / (1 - beta); at the ends one
     of the two is its limit, a = 1 - t/s at beta 0, b = 1 - s/t at beta 1. The derivatives by s and
     t are a and b. In as few passes over [N, X] as there can be.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student_NX: Tensor, teacher_NX: Tensor, beta: float
-    ) -> tuple[Tensor, Tensor]:
-        s_raw_N1, t_raw_N1 = (x.sum(-1, keepdim=True) for x in (student_NX, teacher_NX))
+        ctx: Any, student_NX: Tensor, teacher_NX: Tensor, n: int, beta: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s_NK, t_NK = student_NX[:, :n], teacher_NX[:, :n]
+        s_raw_N1, t_raw_N1 = s_NK.sum(-1, keepdim=True), t_NK.sum(-1, keepdim=True)
         s_sum_N1, t_sum_N1 = s_raw_N1.clamp(min=RARE), t_raw_N1.clamp(min=RARE)
-        s_NX, t_NX = student_NX.clamp(min=FLOOR), teacher_NX.clamp(min=FLOOR)
-        a_NX = _slope(t_NX / s_NX, s_sum_N1 / t_sum_N1, beta)
-        b_NX = _slope(s_NX / t_NX, t_sum_N1 / s_sum_N1, 1 - beta)
-        a_mean_N1 = s_NX.mul_(a_NX).sum(-1, keepdim=True) / s_sum_N1
-        b_mean_N1 = t_NX.mul_(b_NX).sum(-1, keepdim=True) / t_sum_N1
-        needs_s, needs_t, _ = ctx.needs_input_grad
+        a_NK = _slope(t_NK / s_NK, s_sum_N1 / t_sum_N1, beta)
+        b_NK = _slope(s_NK / t_NK, t_sum_N1 / s_sum_N1, 1 - beta)
+        a_mean_N1 = (s_NK * a_NK).sum(-1, keepdim=True) / s_sum_N1
+        b_mean_N1 = (t_NK * b_NK).sum(-1, keepdim=True) / t_sum_N1
+        needs_s, needs_t, _, _ = ctx.needs_input_grad
+        ctx.n_columns = student_NX.shape[1]
         ctx.save_for_backward(
-            *((a_NX.masked_fill_(student_NX < FLOOR, 0.0), a_mean_N1, s_raw_N1) if needs_s else ()),
-            *((b_NX.masked_fill_(teacher_NX < FLOOR, 0.0), b_mean_N1, t_raw_N1) if needs_t else ()),
+            *((a_NK, a_mean_N1, s_raw_N1) if needs_s else ()),
+            *((b_NK, b_mean_N1, t_raw_N1) if needs_t else ()),
         )
-        return (a_mean_N1 + b_mean_N1)[:, 0], s_raw_N1[:, 0]
+        return (a_mean_N1 + b_mean_N1)[:, 0], s_raw_N1[:, 0], student_NX[:, n:].sum(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, grad_sum_N: Tensor) -> tuple[Any, ...]:
-        kept, grad_N1, grad_sum_N1 = ctx.saved_tensors, grad_N[:, None], grad_sum_N[:, None]
-        needs_s, needs_t, _ = ctx.needs_input_grad
-        return (
-            _unscaled(kept[0], kept[1], kept[2], grad_N1, grad_sum_N1) if needs_s else None,
-            _unscaled(kept[-3], kept[-2], kept[-1], grad_N1, 0 * grad_N1) if needs_t else None,
-            None,
-        )
+    def backward(
+        ctx: Any, grad_N: Tensor, grad_inside_N: Tensor, grad_other_N: Tensor
+    ) -> tuple[Any, ...]:
+        kept, (needs_s, needs_t, _, _) = ctx.saved_tensors, ctx.needs_input_grad
+        by_s, by_t = grad_N, grad_N  # only where asked for
+        if needs_s:
+            by_s = _unscaled(kept[0], kept[1], kept[2], ctx.n_columns, grad_N, grad_inside_N)
+            by_s[:, kept[0].shape[1] :] = grad_other_N[:, None]
+        if needs_t:
+            by_t = _unscaled(kept[-3], kept[-2], kept[-1], ctx.n_columns, grad_N, 0 * grad_N)
+        return by_s if needs_s else None, by_t if needs_t else None, None, None
 
 
 def _slope(ratio_NX: Tensor, scale_N1: Tensor, share: float) -> Tensor:
@@ -252,12 +257,17 @@ def _slope(ratio_NX: Tensor, scale_N1: Tensor, share: float) -> Tensor:
 
 
 def _unscaled(
-    slope_NX: Tensor, mean_N1: Tensor, sum_N1: Tensor, grad_N1: Tensor, grad_sum_N1: Tensor
-) -> Tensor:
-    """The derivative by rows as they were before the scaling."""
-    scaled_N1 = grad_N1 / sum_N1.clamp(min=RARE)
-    by_sum_N1 = torch.where(sum_N1 > RARE, grad_sum_N1 - mean_N1 * scaled_N1, grad_sum_N1)
-    return torch.addcmul(by_sum_N1, slope_NX, scaled_N1)
+    slope_NK: Tensor, mean_N1: Tensor, sum_N1: Tensor, n_columns: int, grad_N: Tensor,
+    grad_sum_N: Tensor,
+) -> Tensor:  # fmt: skip
+    """The derivative by rows as they were before the scaling; 0 in the columns left out."""
+    scaled_N1 = grad_N[:, None] / sum_N1.clamp(min=RARE)
+    by_sum_N1 = torch.where(sum_N1 > RARE, -mean_N1 * scaled_N1, 0.0) + grad_sum_N[:, None]
+    n_rows, n = slope_NK.shape
+    grad_NX = slope_NK.new_empty(n_rows, n_columns)
+    torch.addcmul(by_sum_N1, slope_NK, scaled_N1, out=grad_NX[:, :n])
+    grad_NX[:, n:] = 0
+    return grad_NX
 
 
 def chunk_losses(
@@ -282,45 +292,46 @@ def chunk_losses(
     """
     (one,) = rows.blocks(max(1, len(rows.observed_C)))
     student_NV = _wide(student_logits_SV[one.student.place_N])
-    teacher_CW = _wide(teacher_logits_TW[one.teacher_place_C])
-    return _compare(*_laws(student_NV, teacher_CW, one, events), events, beta)
+    return _compare(*_laws(student_NV, teacher_logits_TW, None, one, events), events, beta)
 
 
 def _compare(student_CX: Tensor, teacher_CX: Tensor, events: Events, beta: float) -> Tensor:
     """Loss of two laws; the columns are those of `Side.project`, the observed chunk filled in."""
     n = student_CX.shape[1] - 1
-    inside_CK, other_C1 = student_CX.split([n, 1], dim=1)
-    loss_C, inside_C = _Divergence.apply(inside_CK, teacher_CX[:, :n], beta)
+    loss_C, inside_C, other_C = _Divergence.apply(student_CX, teacher_CX, n, beta)
     if not events.other_costs:
         return loss_C
-    other_C = other_C1[:, 0]  # -ln(1 - other), exact for an other near 0 as well as near 1
-    hidden_C = torch.where(
-        other_C < 0.5, -torch.log1p(-other_C.clamp(max=0.5)), -inside_C.clamp(min=FLOOR).log()
-    )
-    return loss_C + hidden_C
+    small_C = -torch.log1p(-other_C.clamp(max=0.5))  # -ln(1 - other), exact near 0
+    return loss_C + torch.where(other_C < 0.5, small_C, -inside_C.log())  # and near 1
 
 
 def _laws(
-    student_NV: Tensor, teacher_CW: Tensor, rows: ChunkRows, events: Events
+    student_NV: Tensor, teacher_TK: Tensor, head: Head | None, rows: ChunkRows, events: Events
 ) -> tuple[Tensor, Tensor]:
-    """How the text goes on at each chunk, by both models [C, X + 2], from their logits there."""
+    """How the text goes on at each chunk, by both models [C, X + 2].
+
+    From the student's logits at `rows`, and the teacher's states and head.
+    """
     student_CX = _student_law(student_NV, rows, events.student)
     with torch.no_grad():
-        teacher_CX = _teacher_law(teacher_CW.softmax(-1), rows.teacher_carry, events.teacher)
-        event_C = events.teacher.event_V[rows.teacher_id_C]
-        prob_C = rows.teacher_logp_C.to(teacher_CX.dtype).exp()
-        teacher_CX = _with_observed(teacher_CX, prob_C, event_C, rows.observed_C)
-    return student_CX, teacher_CX
+        return student_CX, _teacher_law(teacher_TK, head, rows, events.teacher)
 
 
-def _teacher_law(prob_CW: Tensor, carry: Carry, side: Side) -> Tensor:
-    law_CX = side.project(prob_CW)
-    if len(carry.mass_K) == 0:
-        return law_CX
+def _teacher_law(states_TD: Tensor, head: Head | None, rows: ChunkRows, side: Side) -> Tensor:
+    place_C, carry = rows.teacher_place_C, rows.teacher_carry
+    if head is None and bool(place_C.max() - place_C.min() < 1.5 * len(place_C)):
+        low = int(place_C.min())  # logits that stand together are not copied
+        near_NX = side.project(_wide(states_TD[low : int(place_C.max()) + 1]).softmax(-1), FLOOR)
+        law_CX = near_NX[place_C - low]
+    else:
+        law_CX = side.project(_logits(states_TD[place_C], head).softmax(-1), FLOOR)
     mass_K = carry.mass_K.to(law_CX.dtype)
-    stay_C = torch.ones_like(law_CX[:, 0]).index_add(0, carry.chunk_K, mass_K, alpha=-1)
-    place_K2 = carry.chunk_K, side.column(carry.event_K)
-    return law_CX.mul_(stay_C[:, None]).index_put_(place_K2, mass_K, accumulate=True)
+    chunk_B, row_K = carry.chunk_K.unique_consecutive(return_inverse=True)
+    stay_B = mass_K.new_ones(len(chunk_B)).index_add(0, row_K, mass_K, alpha=-1)
+    prob_C, source_C = rows.teacher_logp_C.to(mass_K).exp(), side.event_V[rows.teacher_id_C]
+    into_K = carry.chunk_K, side.column(carry.event_K)
+    _revise(law_CX, chunk_B, stay_B, into_K, mass_K, prob_C, source_C, rows.observed_C)
+    return law_CX
 
 
 def _student_law(logits_NV: Tensor, rows: ChunkRows, side: Side) -> Tensor:
@@ -338,28 +349,24 @@ def _student_law(logits_NV: Tensor, rows: ChunkRows, side: Side) -> Tensor:
     row_J = reach_K[row_J]
     every_N = torch.arange(len(chunk_N), device=chunk_N.device)
     law_CX, prob_P = _Read.apply(
-        logits_NV,
-        side,
-        len(rows.observed_C),
-        torch.cat([every_N, row_J]),
-        torch.cat([own.ids_N, id_J]),
-    )
+        logits_NV, side, len(rows.observed_C),
+        torch.cat([every_N, row_J]), torch.cat([own.ids_N, id_J]),
+    )  # fmt: skip
     taken_N, longer_J = prob_P.split([len(every_N), len(row_J)])
     known_N = taken_N.index_add(0, row_J, longer_J)
 
-    stay_C = torch.ones_like(law_CX[:, 0])
-    if len(reach_K):
-        counts_N, safe_N = known_N > RARE, known_N.clamp(min=RARE)
-        stay_N = torch.where(counts_N, taken_N / safe_N, 1.0)
-        over_J = torch.where(counts_N[row_J], longer_J / safe_N[row_J], 0.0)
-        stay_C = stay_C.index_put((chunk_N[before_N],), stay_N[before_N])
-        into_J = before_N[row_J]
-        place_J2 = chunk_N[row_J][into_J], side.column(event_J[into_J])
-        law_CX = (law_CX * stay_C[:, None]).index_put_(place_J2, over_J[into_J], accumulate=True)
+    counts_N, safe_N = known_N > RARE, known_N.clamp(min=RARE)
+    chunk_B, stay_B = chunk_N[before_N], torch.where(counts_N, taken_N / safe_N, 1.0)[before_N]
+    over_J = torch.where(counts_N, 1 / safe_N, 0.0)[row_J] * longer_J
     ends_N = torch.where(before_N, 1.0, known_N).clamp(min=FLOOR).log()
-    logp_C = torch.zeros_like(stay_C).index_add(0, chunk_N, ends_N)
-    event_C = side.event_V[own.ids_N[: len(stay_C)]]
-    return _with_observed(law_CX, logp_C.exp() * stay_C, event_C, rows.observed_C)
+    stay_C = torch.ones_like(rows.teacher_logp_C, dtype=stay_B.dtype).index_put((chunk_B,), stay_B)
+    prob_C = torch.zeros_like(stay_C).index_add(0, chunk_N, ends_N).exp() * stay_C
+    source_C = side.event_V[own.ids_N[: len(prob_C)]]
+    carried_J = before_N[row_J]
+    into_J = chunk_N[row_J][carried_J], side.column(event_J[carried_J])
+    return _Revise.apply(
+        law_CX, chunk_B, stay_B, into_J, over_J[carried_J], prob_C, source_C, rows.observed_C
+    )
 
 
 def _ends_observed(rows: Rows, observed_C: Tensor) -> Tensor:
@@ -381,38 +388,76 @@ class _Read(torch.autograd.Function):
         prob_NV = logits_NV.softmax(-1)
         ctx.save_for_backward(prob_NV, row_P, id_P)
         ctx.side = side
-        return side.project(prob_NV[:n_first]), prob_NV[row_P, id_P]
+        return side.project(prob_NV[:n_first], FLOOR), prob_NV[row_P, id_P]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_CX: Tensor, grad_P: Tensor) -> tuple[Tensor | None, ...]:
         prob_NV, row_P, id_P = ctx.saved_tensors
-        grad_NV = torch.empty_like(prob_NV)
-        n_first = len(grad_CX)
-        grad_NV[:n_first] = ctx.side.spread(grad_CX)
-        grad_NV[n_first:] = 0
+        n_rows, n_first = len(prob_NV), len(grad_CX)
+        grad_NV = ctx.side.spread(grad_CX)
+        if n_rows > n_first:
+            grad_NV = F.pad(grad_NV, (0, 0, 0, n_rows - n_first))
         grad_NV.index_put_((row_P, id_P), grad_P, accumulate=True)
-        grad_NV.mul_(prob_NV)
-        return (
-            grad_NV.addcmul_(prob_NV, grad_NV.sum(-1, keepdim=True), value=-1),
-            None,
-            None,
-            None,
-            None,
-        )
+        grad_NV.mul_(prob_NV).addcmul_(prob_NV, grad_NV.sum(-1, keepdim=True), value=-1)
+        return grad_NV, None, None, None, None
 
 
-def _with_observed(prob_CX: Tensor, chunk_C: Tensor, event_C: Tensor, observed_C: Tensor) -> Tensor:
-    """Moves the observed chunk's probability from its first token's event to a column of its own.
+def _revise(
+    law_CX: Tensor, chunk_B: Tensor, stay_B: Tensor, into_J: tuple[Tensor, Tensor], over_J: Tensor,
+    prob_C: Tensor, event_C: Tensor, observed_C: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Makes the law of the text out of a prediction after the last token, in place.
 
-    Columns of `prob_CX`, which is used up, are those of `Side.project`: events, observed, other.
+    Args:
+        law_CX: in the columns of `Side.project`: events, observed, other.
+        chunk_B, stay_B: the share that the prediction keeps at some chunks.
+        into_J, over_J: places in `law_CX`, and what longer tokens bring there.
+        prob_C, event_C, observed_C: the observed chunk's probability leaves the event of its first
+            token and fills the column of its own.
+
+    Returns:
+        source_C: the column that it leaves.
+        bound_C: bool, it takes all that the event can give.
     """
-    every_C, last = torch.arange(len(event_C), device=event_C.device), prob_CX.shape[1] - 2
+    law_CX[chunk_B] = law_CX[chunk_B] * stay_B[:, None] + FLOOR
+    law_CX.index_put_(into_J, over_J, accumulate=True)
+    every_C, last = torch.arange(len(event_C), device=event_C.device), law_CX.shape[1] - 2
     source_C = event_C + (event_C == last)
-    held_C = prob_CX[every_C, source_C]
-    moved_C = torch.where(observed_C, torch.minimum(chunk_C, MOST * held_C), 0.0)
-    where_C2 = torch.stack([source_C, torch.full_like(source_C, last)], dim=1)
-    return prob_CX.scatter_add_(1, where_C2, torch.stack([-moved_C, moved_C], dim=1))
+    most_C = MOST * law_CX[every_C, source_C]
+    moved_C = torch.where(observed_C, torch.minimum(prob_C, most_C), 0.0)
+    law_CX[every_C, source_C] -= moved_C
+    law_CX[:, last] += moved_C
+    return source_C, prob_C > most_C
+
+
+class _Revise(torch.autograd.Function):
+    """`_revise` with its derivative; what it changes is read nowhere else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, law_CX: Tensor, chunk_B: Tensor, stay_B: Tensor, into_J: tuple[Tensor, Tensor],
+        over_J: Tensor, prob_C: Tensor, event_C: Tensor, observed_C: Tensor,
+    ) -> Tensor:  # fmt: skip
+        before_BX = law_CX[chunk_B]
+        source_C, bound_C = _revise(
+            law_CX, chunk_B, stay_B, into_J, over_J, prob_C, event_C, observed_C
+        )
+        ctx.mark_dirty(law_CX)
+        ctx.save_for_backward(before_BX, chunk_B, stay_B, *into_J, source_C, bound_C, observed_C)
+        return law_CX
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_CX: Tensor) -> tuple[Tensor | None, ...]:
+        before_BX, chunk_B, stay_B, *into_J, source_C, bound_C, observed_C = ctx.saved_tensors
+        every_C, grad_CX = torch.arange(len(source_C), device=source_C.device), grad_CX.clone()
+        moved_C = torch.where(observed_C, grad_CX[:, -2] - grad_CX[every_C, source_C], 0.0)
+        grad_CX[every_C, source_C] += MOST * torch.where(bound_C, moved_C, 0.0)
+        by_prob_C, by_over_J = torch.where(bound_C, 0.0, moved_C), grad_CX[tuple(into_J)]
+        by_stay_B = (grad_CX[chunk_B] * before_BX).sum(-1)
+        grad_CX[chunk_B] *= stay_B[:, None]
+        return grad_CX, None, by_stay_B, None, by_over_J, by_prob_C, None, None
 
 
 def gold_loss(
@@ -445,8 +490,8 @@ def gold_loss(
         one = blocks[number]
         raw_NV = _wide(raw_NV)
         student_NV = raw_NV if student_head is None else student_head.cap(raw_NV)
-        teacher_CW = _logits(teacher_TK[one.teacher_place_C], teacher_head)
-        return _compare(*_laws(student_NV, teacher_CW, one, events), events, beta)
+        laws = _laws(student_NV, teacher_TK, teacher_head, one, events)
+        return _compare(*laws, events, beta)
 
     places = [one.student.place_N for one in blocks]
     affine = (None, None) if student_head is None else (student_head.weight_VD, student_head.bias_V)
@@ -475,12 +520,8 @@ def look(
     """
     losses, entropies = [], []
     for one in rows.blocks(block):
-        student_CX, teacher_CX = _laws(
-            _logits(student_SD[one.student.place_N], student_head),
-            _logits(teacher_TK[one.teacher_place_C], teacher_head),
-            one,
-            events,
-        )
+        student_NV = _logits(student_SD[one.student.place_N], student_head)
+        student_CX, teacher_CX = _laws(student_NV, teacher_TK, teacher_head, one, events)
         losses.append(_compare(student_CX, teacher_CX, events, beta))
         entropies.append(_entropy(student_CX[:, :-1]))
     return torch.cat(losses), torch.cat(entropies)

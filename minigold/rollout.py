@@ -51,7 +51,8 @@ def sample_answers(
         if config.student_temperature != 1:
             logp_BV = (logp_BV / config.student_temperature).log_softmax(-1)
         taken_B = logp_BV.gather(1, ids_B[:, None])[:, 0]
-        return torch.stack([*measure(logp_BV, ids_B, events.student), taken_B], dim=1)
+        measures = measure(logp_BV.exp(), taken_B, ids_B, events.student)
+        return torch.stack([*measures, taken_B], dim=1)
 
     drawn = {}
     if live:

@@ -25,6 +25,7 @@ from minigold.sample import CausalLM, completion_states, pad
 __all__ = ["CARRY_FROM", "Carried", "Reading", "Score", "read_states", "score"]
 
 CARRY_FROM = 1e-3  # an overhang under this is left out
+RARE = math.log(1e-30)  # nats; probabilities under this lose digits in float32
 
 
 @dataclass(frozen=True)
@@ -136,19 +137,29 @@ def read_states(
     masses: list[Tensor] = []
     end_logp = float("-inf")
     for start in range(0, len(hidden_MD), block):
-        logp_NV = head.logits(hidden_MD[start : start + block]).log_softmax(-1)
+        logits_NV = head.logits(hidden_MD[start : start + block])
         if start + block >= len(hidden_MD):
-            end_logp = float(logp_NV[-1, list(end_ids)].logsumexp(0))
+            end_logp = float(logits_NV[-1].log_softmax(-1)[list(end_ids)].logsumexp(0))
         ids_N = ids_T[start : start + block]
-        logp_NV = logp_NV[: len(ids_N)]
-        logps.append(logp_NV.gather(1, ids_N[:, None])[:, 0])
-        measures.append(torch.stack(measure(logp_NV, ids_N, side), dim=1))
+        logits_NV = logits_NV[: len(ids_N)]
+        prob_NV = logits_NV.softmax(-1)
+        logp_N = _log_probabilities(logits_NV, prob_NV, ids_N)
+        logps.append(logp_N)
+        measures.append(torch.stack(measure(prob_NV, logp_N, ids_N, side), dim=1))
         some = covers[len(masses) :]
         some = some[: bisect_left(some, start + block, key=attrgetter("at"))]
-        masses += _masses(logp_NV, start, some)
+        masses += _masses(prob_NV, start, some)
     logp_T = torch.cat(logps).cpu()
     carried = _carried(covers, masses, logp_T.tolist())
     return Score(hidden_MD, logp_T, end_logp, torch.cat(measures).cpu(), carried)
+
+
+def _log_probabilities(logits_NV: Tensor, prob_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """In nats, of one token a row; improbable ones, whose probability may round to 0, anew."""
+    logp_N = prob_NV.gather(1, ids_N[:, None])[:, 0].log()
+    rare_K = (logp_N < RARE).nonzero()[:, 0]
+    exact_KV = logits_NV[rare_K].log_softmax(-1)
+    return logp_N.index_put((rare_K,), exact_KV.gather(1, ids_N[rare_K, None])[:, 0])
 
 
 class _Cover(NamedTuple):
@@ -180,14 +191,14 @@ def _covers(reading: Reading, side: Side) -> list[_Cover]:
     return sorted(found, key=attrgetter("at"))
 
 
-def _masses(logp_NV: Tensor, start: int, covers: Sequence[_Cover]) -> list[Tensor]:
+def _masses(prob_NV: Tensor, start: int, covers: Sequence[_Cover]) -> list[Tensor]:
     """Probability of each of the covers' tokens, from rows that start at token `start`."""
     if not covers:
         return []
     sizes = [len(cover.ids) for cover in covers]
     row_K = torch.tensor([cover.at - start for cover in covers])
-    row_J = row_K.repeat_interleave(torch.tensor(sizes)).to(logp_NV.device)
-    mass_J = logp_NV[row_J, torch.cat([cover.ids for cover in covers])].exp()
+    row_J = row_K.repeat_interleave(torch.tensor(sizes)).to(prob_NV.device)
+    mass_J = prob_NV[row_J, torch.cat([cover.ids for cover in covers])]
     return list(mass_J.cpu().double().split(sizes))
 
 

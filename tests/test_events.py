@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minigold.events import Side, match, measure
+from minigold.events import Measures, Side, match, measure
 from minigold.offsets import Vocabulary
 from reference_losses import SlowSide, project_of
 
@@ -93,15 +93,19 @@ def test_nothing_in_common_is_refused() -> None:
         match(words("a"), words("b", "c"))
 
 
+def measured_at(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
+    return measure(logp_NV.exp(), logp_NV.gather(1, ids_N[:, None])[:, 0], ids_N, side)
+
+
 def test_overhang_of_the_worked_example() -> None:
     """Teacher: hello .9, hel .1. Student without hello: hel. After hel the teacher is not comparable."""
     student, teacher = words("hel", "lo", "p"), words("hello", "hel", "p")
     events = match(student, teacher)
     logp_NW = torch.tensor([[0.9, 0.1, 1e-30, 1e-30]]).log()
-    theirs = measure(logp_NW, torch.tensor([1]), events.teacher)
+    theirs = measured_at(logp_NW, torch.tensor([1]), events.teacher)
     assert -theirs.stay_N.expm1().item() == pytest.approx(0.9)
     logp_NV = torch.tensor([[1.0, 1e-30, 1e-30, 1e-30]]).log()
-    assert measure(logp_NV, torch.tensor([0]), events.student).stay_N.item() == 0.0
+    assert measured_at(logp_NV, torch.tensor([0]), events.student).stay_N.item() == 0.0
 
 
 def carried(side: Side, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ def test_tokens_that_were_another_event_are_no_overhang() -> None:
     student, teacher = words("hel", "help", "lo"), words("hel", "help", "hello", "lo")
     events = match(student, teacher)
     prob_NW = torch.tensor([[0.1, 0.5, 0.3, 0.1, 0.0]])
-    measured = measure(prob_NW.log(), torch.tensor([0]), events.teacher)
+    measured = measured_at(prob_NW.log(), torch.tensor([0]), events.teacher)
     assert measured.stay_N.item() == pytest.approx(math.log(0.1 / 0.4))
     assert measured.inside_N.item() == pytest.approx(math.log(0.1 / 0.9))
     lo = events.event_bytes.index(b"lo")
@@ -154,7 +158,7 @@ def check_side(vocabulary: Vocabulary, side: Side, names: Sequence[bytes], seed:
     (spread_NV,) = torch.autograd.grad((side.project(leaf_NV) * grad_NX).sum(), leaf_NV)
     torch.testing.assert_close(side.spread(grad_NX), spread_NV)
     carried_NX = carried(side, prob_NV, ids_N, inside_N)
-    measured = measure(prob_NV.log(), ids_N, side)
+    measured = measured_at(prob_NV.log(), ids_N, side)
     for n, (i, inside) in enumerate(zip(ids_N.tolist(), inside_N.tolist(), strict=True)):
         masses = slow.carry(prob_NV[n].tolist(), slow.texts[i], None if inside else slow.events[i])
         masses = masses if slow.texts[i] else {}
@@ -180,7 +184,7 @@ def test_strict_sends_unshared_tokens_nowhere_and_counts_them_as_overhang() -> N
     assert events.teacher.shared_V.tolist() == [True, True, False, True, True]
     assert not events.carries and not events.other_costs
     prob_NW = torch.tensor([[0.1, 0.5, 0.3, 0.1, 0.0]])
-    measured = measure(prob_NW.log(), torch.tensor([0]), events.teacher)
+    measured = measured_at(prob_NW.log(), torch.tensor([0]), events.teacher)
     assert measured.stay_N.item() == pytest.approx(math.log(0.1 / 0.4))
     assert measured.other_N.item() == pytest.approx(0.3)
 
@@ -230,7 +234,7 @@ def test_with_one_tokenizer_byte_has_no_overhang() -> None:
         side = match(vocabulary, vocabulary, kind=kind).student
         assert len(side.over(torch.tensor([0]), torch.tensor([False]))[1]) == carried_over
         logp = torch.tensor([[0.5, 0.4, 0.05, 0.05]]).log()
-        assert measure(logp, torch.tensor([0]), side).stay_N.item() == 0
+        assert measured_at(logp, torch.tensor([0]), side).stay_N.item() == 0
 
 
 def test_markers_have_no_event_in_any_set() -> None:

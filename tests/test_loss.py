@@ -135,7 +135,7 @@ def test_student_equal_to_teacher_gives_nothing(beta: float) -> None:
         events=SELF, beta=beta,
     )  # fmt: skip
     loss_C.sum().backward()
-    assert loss_C.abs().max() == 0
+    assert loss_C.abs().max() < 1e-17
     assert leaf_NV.grad is not None
     assert leaf_NV.grad.abs().max() < 1e-7
 
