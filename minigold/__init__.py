@@ -11,7 +11,9 @@ Read the files in the order of the data; each imports only from files above it:
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
-    config, data, chat, weights, load, pair, batch, rollout, metrics    the edges of the loop
+    config, data, chat, weights, load, pair, batch, rollout    the edges of the loop
+    masked      rollouts -> the chunks to train, and the gradient there
+    metrics     what a step did, in numbers
     train       everything -> steps, metrics, a trained student
     compare     two tokenizers and a text -> how their tokens line up
     picture, page    the same, drawn for a terminal and for a browser
@@ -54,7 +56,7 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "model", "sample", "teacher", "disagree", "loss", "config",
-    "data", "chat", "weights", "load", "pair", "batch", "rollout", "metrics", "train",
+    "data", "chat", "weights", "load", "pair", "batch", "rollout", "masked", "metrics", "train",
     "compare", "picture", "page", "demo_task", "demo", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}

@@ -227,9 +227,8 @@ def _carried(
     """
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for cover, mass_K in zip(covers, masses, strict=True):
-        log_path = sum(
-            logp[cover.at : cover.start]
-        )  # of the tokens between, which they stand beside
+        # of the tokens between, which the cover stands beside
+        log_path = sum(logp[cover.at : cover.start])
         weighed_K = mass_K * math.exp(min(-log_path, 600.0))
         if float(weighed_K.sum()) > 0.1 * CARRY_FROM:
             found.setdefault(cover.start, []).append((cover.rests.cpu(), weighed_K))

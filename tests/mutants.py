@@ -177,8 +177,15 @@ MUTANTS = (
     ),  # of ids with equal bytes only one counts
     Mutant(
         "minigold/events.py",
-        "return empty_NX.scatter_add(1, column_V.expand(n, v), prob_NV)",
-        "return empty_NX.scatter(1, column_V.expand(n, v), prob_NV)",
+        "return floor_NX.scatter_add_(1, self.column_V",
+        "return floor_NX.scatter_(1, self.column_V",
+        "tests/test_events.py",
+    ),
+    # what strict leaves out is no overhang
+    Mutant(
+        "minigold/events.py",
+        " | (event_K == side.n_events)",
+        "",
         "tests/test_events.py",
     ),
     # longer tokens count where they were another event
@@ -191,30 +198,72 @@ MUTANTS = (
     # student and teacher change places
     Mutant(
         "minigold/loss.py",
-        "return divergence(_conditioned(student_CX), teacher_CK, beta=beta)",
-        "return divergence(teacher_CK, _conditioned(student_CX), beta=beta)",
+        "_Divergence.apply(student_CX, teacher_CX, n, beta)",
+        "_Divergence.apply(student_CX, teacher_CX, n, 1 - beta)",
         "tests/test_loss.py",
     ),
-    # events are conditioned over the chunks
+    # events are not conditioned
     Mutant(
         "minigold/loss.py",
-        "inside_CK.sum(-1, keepdim=True)",
-        "inside_CK.sum(0, keepdim=True)",
+        "s_raw_N1.clamp(min=RARE), t_raw_N1.clamp(min=RARE)",
+        "s_raw_N1 * 0 + 1, t_raw_N1 * 0 + 1",
         "tests/test_loss.py",
+    ),
+    # the derivative forgets that rows are scaled
+    Mutant(
+        "minigold/loss.py",
+        "-mean_N1 * scaled_N1, 0.0)",
+        "0 * scaled_N1, 0.0)",
+        "tests/test_loss_properties.py",
+    ),
+    # logarithms near 1 lose their digits
+    Mutant(
+        "minigold/loss.py",
+        "return scaled_NX.sub_(share).log1p_().div_(-share)",
+        "return scaled_NX.add_(1 - share).log_().div_(-share)",
+        "tests/test_loss_properties.py",
+    ),
+    # a beta near an end is that end
+    Mutant(
+        "minigold/loss.py",
+        "END = 1e-30",
+        "END = 1e-3",
+        "tests/test_loss_properties.py",
     ),
     # what has no event is free
     Mutant(
         "minigold/loss.py",
-        "beta=beta) + _hidden_mass(student_CX)",
-        "beta=beta) + 0 * _hidden_mass(student_CX)",
+        "return loss_C + torch.where(other_C < 0.5",
+        "return loss_C + 0 * torch.where(other_C < 0.5",
         "tests/test_loss.py",
     ),
     # the observed chunk is forgotten
     Mutant(
         "minigold/loss.py",
-        "moved_C = torch.where(observed_C, torch.minimum(logp_C.exp(), MOST * held_C), 0.0)",
-        "moved_C = torch.where(observed_C, 0.0 * held_C, 0.0)",
+        "moved_C = torch.where(observed_C, torch.minimum(prob_C, most_C), 0.0)",
+        "moved_C = torch.where(observed_C, 0.0 * most_C, 0.0)",
         "tests/test_loss.py",
+    ),
+    # longer tokens bring mass, but the prediction keeps all of its own
+    Mutant(
+        "minigold/loss.py",
+        "law_CX[chunk_B] = law_CX[chunk_B] * stay_B[:, None] + FLOOR",
+        "law_CX[chunk_B] = law_CX[chunk_B] * (0 * stay_B + 1)[:, None] + FLOOR",
+        "tests/test_loss.py",
+    ),
+    # no gradient through what the prediction keeps
+    Mutant(
+        "minigold/loss.py",
+        "by_stay_B = (grad_CX[chunk_B] * before_BX).sum(-1)",
+        "by_stay_B = 0 * (grad_CX[chunk_B] * before_BX).sum(-1)",
+        "tests/test_loss_properties.py",
+    ),
+    # the bias learns nothing
+    Mutant(
+        "minigold/loss.py",
+        "of_bias += grad_NV.sum(0)",
+        "of_bias += 0 * grad_NV.sum(0)",
+        "tests/test_loss_properties.py",
     ),
     # the shift is deleted
     Mutant(
@@ -226,15 +275,15 @@ MUTANTS = (
     # the longer tokens of an improbable path weigh too little
     Mutant(
         "minigold/teacher.py",
-        "log_path += logp[at]",
-        "log_path = logp[at]",
+        "log_path = sum(logp[cover.at : cover.start])",
+        "log_path = sum(logp[cover.start - 1 : cover.start])",
         "tests/test_teacher.py",
     ),
     # one of several stops counts
     Mutant(
         "minigold/teacher.py",
-        "logp_NV[-1, list(end_ids)].logsumexp(0)",
-        "logp_NV[-1, list(end_ids)][0]",
+        "[list(end_ids)].logsumexp(0)",
+        "[list(end_ids)][0]",
         "tests/test_teacher.py",
     ),
     # the mask is flipped
@@ -243,6 +292,41 @@ MUTANTS = (
         "return uniform_C >= acceptance_C",
         "return uniform_C < acceptance_C",
         "tests/test_disagree.py",
+    ),
+    # the smallest are trained
+    Mutant(
+        "minigold/disagree.py",
+        "score_C.argsort(descending=True, stable=True)",
+        "score_C.argsort(stable=True)",
+        "tests/test_masked.py",
+    ),
+    # the control takes the first chunks
+    Mutant(
+        "minigold/disagree.py",
+        "order_K = torch.randperm(len(places_K), generator=generator)",
+        "order_K = torch.arange(len(places_K))",
+        "tests/test_loss_properties.py",
+    ),
+    # rows run to their ends
+    Mutant(
+        "minigold/masked.py",
+        "return len(rollout.answer.prompt_ids) + needed - 1 if needed else 0",
+        "return len(rollout.answer.prompt_ids) + len(rollout.answer.ids) - 1 if needed else 0",
+        "tests/test_masked.py",
+    ),
+    # the control takes as many as there are
+    Mutant(
+        "minigold/masked.py",
+        "count = sum(n_trained(rollouts, chosen, config))",
+        "count = sum(int(mask.sum()) for mask in chosen)",
+        "tests/test_masked.py",
+    ),
+    # the teacher's temperature is not that of the chunks' probabilities
+    Mutant(
+        "minigold/rollout.py",
+        "temperature=config.teacher_temperature,",
+        "temperature=1.0,",
+        "tests/test_masked.py",
     ),
     # the end of turn is not scored
     Mutant(
@@ -260,7 +344,7 @@ MUTANTS = (
     ),
     # the step's loss is divided by all chunks
     Mutant(
-        "minigold/train.py",
+        "minigold/masked.py",
         "weight = 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)",
         "weight = 1 / max(n_chunks, 1)",
         "tests/test_train.py",

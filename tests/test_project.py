@@ -317,3 +317,20 @@ def test_each_edit_of_the_mutants_finds_its_place() -> None:
         found = (ROOT / mutant.file).read_text("utf-8").count(mutant.old)
         assert found == 1, f"{mutant.file}: {mutant.old!r} found {found} times, expected once"
         assert (ROOT / mutant.tests).is_file()
+
+
+def test_the_lines_that_the_page_of_losses_names_are_in_the_code() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text("utf-8")
+    table = page.partition("| formula | line |")[2].partition("\n\n")[0]
+    code = "".join(
+        (ROOT / "minigold" / name).read_text("utf-8") for name in ("loss.py", "events.py")
+    )
+    found = [
+        span
+        for line in table.splitlines()[2:]
+        for span in re.findall("`([^`]+)`", line.split(" | ")[-1])
+    ]
+    lines = [span for span in found if span != "events.py"]
+    assert len(lines) >= 12
+    squeezed = " ".join(code.split())
+    assert [span for span in lines if " ".join(span.split()) not in squeezed] == []
