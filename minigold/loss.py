@@ -214,8 +214,8 @@ class _Divergence(torch.autograd.Function):
         s_NK, t_NK = student_NX[:, :n], teacher_NX[:, :n]
         s_raw_N1, t_raw_N1 = s_NK.sum(-1, keepdim=True), t_NK.sum(-1, keepdim=True)
         s_sum_N1, t_sum_N1 = s_raw_N1.clamp(min=RARE), t_raw_N1.clamp(min=RARE)
-        a_NK = _slope(t_NK / s_NK, s_sum_N1 / t_sum_N1, beta)
-        b_NK = _slope(s_NK / t_NK, t_sum_N1 / s_sum_N1, 1 - beta)
+        a_NK = _slope(t_NK / s_NK, s_sum_N1 / t_sum_N1, beta, 1 - beta)
+        b_NK = _slope(s_NK / t_NK, t_sum_N1 / s_sum_N1, 1 - beta, beta)
         a_mean_N1 = (s_NK * a_NK).sum(-1, keepdim=True) / s_sum_N1
         b_mean_N1 = (t_NK * b_NK).sum(-1, keepdim=True) / t_sum_N1
         needs_s, needs_t, _, _ = ctx.needs_input_grad
@@ -241,10 +241,10 @@ class _Divergence(torch.autograd.Function):
         return by_s if needs_s else None, by_t if needs_t else None, None, None
 
 
-def _slope(ratio_NX: Tensor, scale_N1: Tensor, share: float) -> Tensor:
-    """-ln(1 + share (x - 1)) / share for x = scale ratio, its limit 1 - x for share 0.
+def _slope(ratio_NX: Tensor, scale_N1: Tensor, share: float, rest: float) -> Tensor:
+    """-ln(rest + share x) / share for x = scale ratio, its limit 1 - x for share 0.
 
-    `ratio_NX` is used up.
+    `rest` is 1 - share, with all its digits. `ratio_NX` is used up.
     """
     if share < END:
         return 1 - ratio_NX.mul_(scale_N1)
@@ -252,7 +252,7 @@ def _slope(ratio_NX: Tensor, scale_N1: Tensor, share: float) -> Tensor:
     if share <= 0.5:  # then 1 + change is no smaller than that, and keeps the digits of change
         return scaled_NX.sub_(share).log1p_().div_(-share)
     change_NX = scaled_NX - share
-    log_NX = torch.where(change_NX > -0.5, change_NX.log1p(), scaled_NX.add_(1 - share).log_())
+    log_NX = torch.where(change_NX > -0.5, change_NX.log1p(), scaled_NX.add_(rest).log_())
     return log_NX.div_(-share)
 
 
@@ -555,11 +555,12 @@ class _Blockwise(torch.autograd.Function):
         weight: float,
         graded: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs = [graded and need for need in ctx.needs_input_grad[:3]]
-        grads = [
-            torch.zeros_like(x) if need and x is not None else None
-            for x, need in zip((hidden_SD, weight_VD, bias_V), needs, strict=True)
-        ]
+        inputs, needs = (hidden_SD, weight_VD, bias_V), ctx.needs_input_grad[:3]
+        sums = [  # of many blocks: not in low precision
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            if graded and need and x is not None else None
+            for x, need in zip(inputs, needs, strict=True)
+        ]  # fmt: skip
         losses = []
         for number, place_N in enumerate(places):
             hidden_ND = hidden_SD[place_N]
@@ -569,9 +570,10 @@ class _Blockwise(torch.autograd.Function):
                 block_total = loss_C.sum() * weight
             if graded:
                 (grad_NV,) = torch.autograd.grad(block_total, raw_NV)
-                _add_gradients(grads, grad_NV, hidden_ND, weight_VD, place_N)
+                _add_gradients(sums, grad_NV, hidden_ND, weight_VD, place_N)
             losses.append(loss_C.detach())
-        ctx.save_for_backward(*grads)
+        pairs = zip(sums, inputs, strict=True)
+        ctx.save_for_backward(*(g if g is None or x is None else g.to(x.dtype) for g, x in pairs))
         loss_C = torch.cat(losses)
         ctx.mark_non_differentiable(loss_C)
         return loss_C.sum() * weight, loss_C
@@ -586,18 +588,18 @@ class _Blockwise(torch.autograd.Function):
 
 
 def _add_gradients(
-    grads: list[Tensor | None],
+    sums: list[Tensor | None],
     grad_NV: Tensor,
     hidden_ND: Tensor,
     weight_VD: Tensor | None,
     place_N: Tensor,
 ) -> None:
     """Adds what a block's logits give to the gradients of states, weight and bias."""
-    of_hidden, of_weight, of_bias = grads
+    of_hidden, of_weight, of_bias = sums
     if of_hidden is not None:
         grad_ND = grad_NV if weight_VD is None else grad_NV.to(weight_VD.dtype) @ weight_VD
         of_hidden.index_add_(0, place_N, grad_ND.to(of_hidden.dtype))
     if of_weight is not None:
         of_weight.addmm_(grad_NV.T.to(of_weight.dtype), hidden_ND.to(of_weight.dtype))
     if of_bias is not None:
-        of_bias += grad_NV.sum(0)
+        of_bias += grad_NV.sum(0, dtype=of_bias.dtype)

@@ -261,8 +261,8 @@ MUTANTS = (
     # the bias learns nothing
     Mutant(
         "minigold/loss.py",
-        "of_bias += grad_NV.sum(0)",
-        "of_bias += 0 * grad_NV.sum(0)",
+        "of_bias += grad_NV.sum(0, dtype=of_bias.dtype)",
+        "of_bias += 0 * grad_NV.sum(0, dtype=of_bias.dtype)",
         "tests/test_loss_properties.py",
     ),
     # the shift is deleted
