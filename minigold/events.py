@@ -48,13 +48,15 @@ class Side:
         event_V: int64, the event of each id; `n_events` stands for *other*, that is no event.
         column_V: int64, the same as columns of `project`.
         shared_V: bool, ids that stand for their event by themselves (the end of turn included).
+        kinds_V2: float32, 1 for shared ids; 1 for those without an event.
         spelling: the bytes of each id, b"" where it stands for no text.
         sorted_U: int64, the ids of text tokens in the order of their bytes.
         low_V, high_V: int64, the range in `sorted_U` whose bytes strictly extend those of an id.
         event_of: the event of any bytes.
         carries: see `Events.carries`.
         longest: bytes of the longest token.
-        keys, known: the sorted spellings, and what `longer` has made so far.
+        keys, nothing, known: the sorted spellings; what `longer` gives where there is nothing, and
+            what it has made so far.
     """
 
     n_events: int
@@ -62,6 +64,7 @@ class Side:
     event_V: Tensor
     column_V: Tensor
     shared_V: Tensor
+    kinds_V2: Tensor
     spelling: Sequence[bytes]
     sorted_U: Tensor
     low_V: Tensor
@@ -70,6 +73,7 @@ class Side:
     carries: bool
     longest: int
     keys: list[bytes] = field(repr=False)
+    nothing: tuple[Tensor, Tensor] = field(repr=False)
     known: dict[tuple[bytes, int | None], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -78,7 +82,8 @@ class Side:
         moved: dict[str, Any] = {
             k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)
         }
-        return replace(self, **moved, known={})
+        ids, rests = (one.to(device) for one in self.nothing)
+        return replace(self, **moved, nothing=(ids, rests), known={})
 
     def project(self, prob_NV: Tensor, floor: float = 0.0) -> Tensor:
         """Adds up token probabilities by event.
@@ -115,7 +120,7 @@ class Side:
         """
         low, high = _extensions(text, self.keys)
         if low == high:
-            return self.sorted_U[:0], self.sorted_U[:0]
+            return self.nothing
         if (text, event) not in self.known:
             ids = self.sorted_U[low:high]
             if event is None:
@@ -142,8 +147,7 @@ class Side:
             self.longer(self.spelling[i], None if inside else self.event_of(self.spelling[i]))
             for i, inside in zip(ids_N.tolist(), inside_N.tolist(), strict=True)
         ]
-        nothing = self.sorted_U[:0]
-        id_J, event_J = (torch.cat([nothing, *(one[k] for one in found)]) for k in range(2))
+        id_J, event_J = (torch.cat([one[k] for one in (self.nothing, *found)]) for k in range(2))
         counts_N = torch.tensor([len(one[0]) for one in found], dtype=torch.int64)
         return torch.arange(len(found)).repeat_interleave(counts_N).to(id_J.device), id_J, event_J
 
@@ -272,9 +276,7 @@ def measure(prob_NV: Tensor, logp_N: Tensor, ids_N: Tensor, side: Side) -> Measu
     masses_K2 = torch.stack([mass_K * merged_K, mass_K], dim=1)
     longer_N2 = prob_NV.new_zeros(len(ids_N), 2).index_add(0, row_K, masses_K2)
     stay_N2 = -torch.nn.functional.softplus(longer_N2.log() - logp_N[:, None])  # p(c) / (p(c) + m)
-    other_V = side.event_V == side.n_events
-    kinds_V2 = torch.stack([side.shared_V, other_V], dim=1).to(prob_NV.dtype)
-    shared_N, other_N = (prob_NV @ kinds_V2).unbind(1)
+    shared_N, other_N = (prob_NV @ side.kinds_V2.to(prob_NV.dtype)).unbind(1)
     projected_N = (1 - shared_N - other_N).clamp(min=0)
     stay_N, inside_N = stay_N2.unbind(1)
     return Measures(stay_N, inside_N, shared_N, projected_N, other_N)
@@ -338,13 +340,14 @@ def _side(
     keys = [text for text, _ in ordered]
     ranges = _ranges(keys)
     low_high_V2 = torch.tensor([ranges.get(text, (0, 0)) for text in spelling], dtype=torch.int64)
-    event_V = torch.tensor(event, dtype=torch.int64)
+    event_V, shared_V = torch.tensor(event, dtype=torch.int64), torch.tensor(shared)
     return Side(
         n_events=len(names),
         identity=event_of is None,
         event_V=event_V,
         column_V=event_V + (event_V == len(names)),
-        shared_V=torch.tensor(shared),
+        shared_V=shared_V,
+        kinds_V2=torch.stack([shared_V, event_V == len(names)], dim=1).float(),
         spelling=spelling,
         sorted_U=torch.tensor([i for _, i in ordered], dtype=torch.int64),
         low_V=low_high_V2[:, 0].contiguous(),
@@ -353,6 +356,7 @@ def _side(
         carries=carries,
         longest=max(map(len, keys), default=0),
         keys=keys,
+        nothing=(event_V[:0], event_V[:0]),
     )
 
 

@@ -470,7 +470,7 @@ def gold_loss(
     events: Events,
     beta: float,
     weight: float,
-    block: int = 16,
+    block: int = 32,
 ) -> Losses:
     """`weight * sum of chunk_losses`, `block` chunks at a time.
 
@@ -512,7 +512,7 @@ def look(
     rows: ChunkRows,
     events: Events,
     beta: float,
-    block: int = 16,
+    block: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each chunk, and the entropy of the student's law over the events there; nats [C].
 

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from minigold.batch import Array, Rollout, head_rows, needed_states, pack
 from minigold.config import Config
-from minigold.disagree import KNOWN_BEFORE, budget, choose, largest, replayed, soft_or
+from minigold.disagree import (
+    KNOWN_BEFORE,
+    acceptance,
+    budget,
+    choose,
+    largest,
+    replayed,
+    soft_or,
+)
 from minigold.events import Events
 from minigold.load import LanguageModel
 from minigold.loss import gold_loss, look
@@ -26,9 +34,15 @@ from minigold.pair import Pair
 from minigold.rollout import precision
 from minigold.sample import completion_states, pad
 
-__all__ = ["Pass", "choose_chunks", "train_pass"]
+__all__ = ["Pass", "acceptance_of", "choose_chunks", "train_pass"]
 
 FLOOR_SHARE = 0.05  # a step's denominator is at least this share of its chunks
+
+
+def acceptance_of(rollout: Rollout) -> Tensor:
+    """Of each chunk, see `disagree.acceptance`."""
+    r = rollout
+    return acceptance(*map(torch.as_tensor, (r.student_logp_C, r.teacher_logp_C, r.scorable_C)))
 
 
 def choose_chunks(

@@ -26,9 +26,8 @@ from minigold.batch import Array, Rollout
 from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt
-from minigold.disagree import acceptance
 from minigold.load import LanguageModel
-from minigold.masked import choose_chunks, train_pass
+from minigold.masked import acceptance_of, choose_chunks, train_pass
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
@@ -132,10 +131,7 @@ def take_step(
     rollouts = collect(pair, answers, student_side, config)
     if number == 1:
         measured.audit(rollouts, pair.events)
-    kept = [
-        acceptance(*map(torch.as_tensor, (r.student_logp_C, r.teacher_logp_C, r.scorable_C)))
-        for r in rollouts
-    ]
+    kept = [acceptance_of(r) for r in rollouts]
     seed = seeds_of(config.seed, number, MASK, 1)[0]
     chosen = choose_chunks(rollouts, kept, pair.events, config, seed=seed)
     clock.append(time.perf_counter())

@@ -11,9 +11,16 @@ from torch import Tensor
 
 from minigold.batch import Rollout
 from minigold.config import Config
-from minigold.disagree import WHERE, acceptance, budget, choose, soft_or
+from minigold.disagree import WHERE, budget, choose, soft_or
 from minigold.loss import look
-from minigold.masked import choose_chunks, micro_batches, n_inputs, starts_of, train_pass
+from minigold.masked import (
+    acceptance_of,
+    choose_chunks,
+    micro_batches,
+    n_inputs,
+    starts_of,
+    train_pass,
+)
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.teacher import Reading, score
@@ -38,10 +45,7 @@ def settings(where: str, **changes: Any) -> Config:
 
 
 def kept_of(rollouts: list[Rollout]) -> list[Tensor]:
-    return [
-        acceptance(*map(torch.as_tensor, (r.student_logp_C, r.teacher_logp_C, r.scorable_C)))
-        for r in rollouts
-    ]
+    return [acceptance_of(r) for r in rollouts]
 
 
 def chosen_of(pair: Pair, rollouts: list[Rollout], config: Config, seed: int = 3) -> list[Any]:
