@@ -9,8 +9,9 @@ them, as in `examples/real_pair.py`, which fetches both (350 MB, once). At each 
 both predictions are compared, `events.match` saying over what. First comes the comparison of the
 predictions alone, conditioned on having an event; `full` is what the library trains by default: the
 observed chunk is an event, and longer tokens over a boundary count. Then follow the places where
-`strict` sees much more than `prefix`, and what first pieces change against longest prefixes alone.
-The last line is JSON. It simplifies: means over chunks, no intervals; run other seeds for those.
+`strict` sees much more than `prefix` (indentation), those where `prefix` sees much more than with
+longest prefixes alone (long runs of spaces), and what first pieces change on the whole. The last
+line is JSON. It simplifies: means over chunks, no intervals; run other seeds for those.
 """
 
 from __future__ import annotations
@@ -77,62 +78,57 @@ def figures(
 ) -> dict[str, Array]:
     """One number or text a chunk start, all rollouts' end to end.
 
-    `single`: one token on each side. `<events> <column of HEADS>`: see `_compared` and `_masses`.
-    `differ_S`, `differ_T`: mass in tokens that `prefix` and `longest` send to different events.
-    `prob_S`, `prob_T`: of the chunk that follows. `before`, `after`: the text around the start.
+    `single`: one token on each side. `<events> <column>`: see `_compared` and `_masses`. `prob_S`,
+    `prob_T`: of the chunk that follows, 0 where it is not scorable. `before`, `after`: the text
+    around the start.
     """
     found: dict[str, list[Any]] = {}
     for rollout in rollouts:
-        chunks, answer = rollout.chunks, rollout.answer
-        ids_BS = torch.tensor([[*answer.prompt_ids, *answer.ids]])
-        states_SD = completion_states(
-            pair.student.decoder(ids_BS)[0], len(answer.prompt_ids), len(answer.ids)
-        )
-        states_CD = rollout.score.hidden_MD[torch.as_tensor(chunks.t0)]
-        student_SV = pair.student.decoder.head.logits(states_SD).softmax(-1)
-        student_CV = student_SV[torch.as_tensor(chunks.s0)]
-        teacher_CW = pair.teacher.decoder.head.logits(states_CD).softmax(-1)
-        text = answer.text.encode()
+        chunks, text = rollout.chunks, rollout.answer.text.encode()
         spans = list(zip(chunks.start.tolist(), chunks.end.tolist(), strict=True))
+        student_SV, teacher_CW = _predictions(pair, rollout)
+        probs = student_SV[torch.as_tensor(chunks.s0)], teacher_CW
         new: dict[str, Any] = {
             "single": (chunks.s1 - chunks.s0 == 1) & (chunks.t1 - chunks.t0 == 1),
             "before": [text[max(0, a - 24) : a].decode(errors="replace") for a, _ in spans],
             "after": [text[a : b + 16].decode(errors="replace") for a, b in spans],
-            "prob_S": np.exp(rollout.student_logp_C),
-            "prob_T": np.exp(rollout.teacher_logp_C),
+            "prob_S": np.exp(np.nan_to_num(rollout.student_logp_C, nan=-np.inf)),
+            "prob_T": np.exp(np.nan_to_num(rollout.teacher_logp_C, nan=-np.inf)),
         }
+        laws = {"full": full_laws(student_SV, teacher_CW, rollout, sets["prefix"])}
         for kind, events in sets.items():
-            new |= _named(kind, _compared(*_projected(student_CV, teacher_CW, events)))
-            for side, prob, which in _sides(student_CV, teacher_CW, events):
-                new |= _named(kind, _masses(prob, side), which)
-        law_CX, teacher_law_CX = full_laws(student_SV, teacher_CW, rollout, sets["prefix"])
-        new |= _named("full", _compared(law_CX, teacher_law_CX))
-        for side, prob, which in _sides(student_CV, teacher_CW, sets["prefix"]):
-            other = sets["longest"].student if which == "_S" else sets["longest"].teacher
-            new["differ" + which] = (prob[:, side.event_V != other.event_V]).sum(-1).numpy()
+            ours, theirs = zip(_sides(events), probs, strict=True)
+            laws[kind] = ours[0].project(ours[1]), theirs[0].project(theirs[1])
+            for which, (side, prob), first in zip(
+                "ST", (ours, theirs), _sides(sets["prefix"]), strict=True
+            ):
+                masses = _masses(prob, side, first)
+                new |= {f"{kind} {name}_{which}": mass_C for name, mass_C in masses.items()}
+        for kind, both in laws.items():
+            new |= {f"{kind} {name}": value_C for name, value_C in _compared(*both).items()}
         for key, value in new.items():
-            found.setdefault(key, []).extend(value)
+            found.setdefault(key, []).extend(np.asarray(value))
     return {key: np.array(value) for key, value in found.items()}
 
 
-def _sides(
-    student_CV: Tensor, teacher_CW: Tensor, events: Events
-) -> list[tuple[Side, Tensor, str]]:
-    return [(events.student, student_CV, "_S"), (events.teacher, teacher_CW, "_T")]
+def _sides(events: Events) -> tuple[Side, Side]:
+    return events.student, events.teacher
 
 
-def _named(kind: str, values: Mapping[str, Tensor], which: str = "") -> dict[str, Array]:
-    return {f"{kind} {name}{which}": value.numpy() for name, value in values.items()}
-
-
-def _projected(student_CV: Tensor, teacher_CW: Tensor, events: Events) -> tuple[Tensor, Tensor]:
-    return events.student.project(student_CV), events.teacher.project(teacher_CW)
+def _predictions(pair: Pair, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Probabilities: the student's at each of its tokens, the teacher's at each chunk."""
+    answer, decoder = rollout.answer, pair.student.decoder
+    hidden_SD = decoder(torch.tensor([[*answer.prompt_ids, *answer.ids]]))[0]
+    student_SD = completion_states(hidden_SD, len(answer.prompt_ids), len(answer.ids))
+    teacher_CD = rollout.score.hidden_MD[torch.as_tensor(rollout.chunks.t0)]
+    student_SV = decoder.head.logits(student_SD).softmax(-1)
+    return student_SV, pair.teacher.decoder.head.logits(teacher_CD).softmax(-1)
 
 
 def _compared(student_CX: Tensor, teacher_CX: Tensor) -> dict[str, Tensor]:
     """Of both laws, conditioned on having an event: nats, nats, and 0 to 1."""
     s_CK, t_CK = (
-        law / law.sum(-1, keepdim=True) for law in (student_CX[:, :-1], teacher_CX[:, :-1])
+        law[:, :-1] / law[:, :-1].sum(-1, keepdim=True) for law in (student_CX, teacher_CX)
     )
     return {
         "KL(S‖T)": divergence(s_CK, t_CK, beta=1.0),
@@ -141,10 +137,18 @@ def _compared(student_CX: Tensor, teacher_CX: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _masses(prob_CV: Tensor, side: Side) -> dict[str, Tensor]:
-    """In tokens that are text events by themselves, in the end of turn, in no event; 0 to 1."""
+def _masses(prob_CV: Tensor, side: Side, prefix: Side) -> dict[str, Tensor]:
+    """0 to 1, in tokens that are text events by themselves, in the end of turn, in no event.
+
+    `differ`: in tokens whose event is another one than with `prefix`.
+    """
     end_V = side.event_V == side.n_events - 1
-    parts = {"shared": side.shared_V & ~end_V, "end": end_V, "other": side.event_V == side.n_events}
+    parts = {
+        "shared": side.shared_V & ~end_V,
+        "end": end_V,
+        "other": side.event_V == side.n_events,
+        "differ": side.event_V != prefix.event_V,
+    }
     return {name: prob_CV[:, some_V].sum(-1) for name, some_V in parts.items()}
 
 
@@ -152,18 +156,9 @@ def full_laws(
     student_SV: Tensor, teacher_CW: Tensor, rollout: Rollout, events: Events
 ) -> tuple[Tensor, Tensor]:
     """What `loss.look` compares, told once more in a plain loop over chunks."""
-    chunks, ids, student, teacher = (
-        rollout.chunks,
-        rollout.answer.ids,
-        events.student,
-        events.teacher,
-    )
-    student_CV = student_SV[torch.as_tensor(chunks.s0)]
-    student_CX, teacher_CX = _projected(student_CV, teacher_CW, events)
-    teacher_ids = [
-        *rollout.answer.teacher_ids,
-        teacher.event_V.eq(teacher.n_events - 1).nonzero()[0],
-    ]
+    chunks, ids, (student, teacher) = rollout.chunks, rollout.answer.ids, _sides(events)
+    student_CX = student.project(student_SV[torch.as_tensor(chunks.s0)])
+    teacher_CX = teacher.project(teacher_CW)
     for c, (s, t) in enumerate(zip(chunks.s0.tolist(), chunks.t0.tolist(), strict=True)):
         if -np.expm1(rollout.student_stay_C[c]) > CARRY_FROM:
             inside = torch.tensor([bool(chunks.s0[c - 1] < s - 1)])
@@ -173,13 +168,10 @@ def full_laws(
         if t in rollout.score.carried:
             one = rollout.score.carried[t]
             _mix(teacher_CX[c], teacher.column(one.event_K), one.mass_K.float())
-        if rollout.observed_C[c]:
-            first_student, first_teacher = (
-                student.column_V[ids[s]],
-                teacher.column_V[teacher_ids[t]],
-            )
-            _set_apart(student_CX[c], first_student, rollout.student_logp_C[c])
-            _set_apart(teacher_CX[c], first_teacher, rollout.teacher_logp_C[c])
+        if rollout.observed_C[c]:  # never the end of turn
+            first = student.column_V[ids[s]], teacher.column_V[rollout.answer.teacher_ids[t]]
+            _set_apart(student_CX[c], first[0], rollout.student_logp_C[c])
+            _set_apart(teacher_CX[c], first[1], rollout.teacher_logp_C[c])
     return student_CX, teacher_CX
 
 
@@ -208,11 +200,11 @@ def table(found: Mapping[str, Array]) -> list[dict[str, Any]]:
     return rows
 
 
-def apart(found: Mapping[str, Array], far: float = FAR) -> list[dict[str, Any]]:
-    """Chunk starts where strict sees more than `far` nats above prefix, KL(S‖T), largest first."""
-    strict, prefix = found["strict KL(S‖T)"], found["prefix KL(S‖T)"]
-    columns = ("before", "after", "strict KL(S‖T)", "prefix KL(S‖T)", "prob_S", "prob_T")
-    order = np.argsort(prefix - strict)[: int((strict - prefix > far).sum())]
+def apart(found: Mapping[str, Array], more: str, less: str) -> list[dict[str, Any]]:
+    """Chunk starts where `more` sees over `FAR` nats more than `less`, KL(S‖T), largest first."""
+    over_C = found[f"{more} KL(S‖T)"] - found[f"{less} KL(S‖T)"]
+    columns = ("before", "after", f"{more} KL(S‖T)", f"{less} KL(S‖T)", "prob_S", "prob_T")
+    order = np.argsort(-over_C)[: int((over_C > FAR).sum())]
     return [{column: found[column][c].item() for column in columns} for c in order]
 
 
@@ -223,27 +215,27 @@ def first_pieces(found: Mapping[str, Array], sets: Mapping[str, Events]) -> dict
     of it that the two send to different events; `_by_count`: the share of such tokens.
     """
     result: dict[str, Any] = {}
-    for which, side, other in (
-        ("S", sets["prefix"].student, sets["longest"].student),
-        ("T", sets["prefix"].teacher, sets["longest"].teacher),
+    for which, side, longest in zip(
+        "ST", _sides(sets["prefix"]), _sides(sets["longest"]), strict=True
     ):
-        text_V = torch.tensor([bool(x) for x in side.spelling]) & ~side.shared_V
-        differ_V = side.event_V != other.event_V
-        masses = [found[f"prefix {part}_{which}"] for part in ("shared", "end", "other")]
-        unshared = float((1 - sum(masses)).mean())
+        text_V = torch.tensor([bool(text) for text in side.spelling]) & ~side.shared_V
+        differ_V = side.event_V != longest.event_V
+        named = sum(found[f"prefix {part}_{which}"] for part in ("shared", "end", "other"))
+        unshared = float((1 - named).mean())
         result |= {
             f"unshared_{which}": unshared,
-            f"differ_{which}_by_mass": float(found[f"differ_{which}"].mean()) / unshared,
+            f"differ_{which}_by_mass": float(found[f"longest differ_{which}"].mean()) / unshared,
             f"differ_{which}_by_count": float(differ_V[text_V].float().mean()),
         }
-    touched = (found["differ_S"] > SOME) | (found["differ_T"] > SOME)
-    every = np.ones_like(touched)
-    groups = {"all": every, "one-to-one": found["single"], "many-to-many": ~found["single"]}
-    for name, some in {**groups, f"over {SOME:.0%} of mass differs": touched}.items():
+    single = found["single"]
+    touched = (found["longest differ_S"] > SOME) | (found["longest differ_T"] > SOME)
+    groups = {"all": single | True, "one-to-one": single, "many-to-many": ~single}
+    for name, some in (groups | {f"over {SOME:.0%} of mass differs": touched}).items():
+        keys = [
+            f"{kind} {x}" for x in ("KL(S‖T)", "KL(T‖S)", "TV") for kind in ("prefix", "longest")
+        ]
         result[name] = {"n": int(some.sum())} | {
-            f"{kind} {column}": float(found[f"{kind} {column}"][some].mean())
-            for column in ("KL(S‖T)", "KL(T‖S)", "TV")
-            for kind in ("prefix", "longest")
+            key: float(found[key][some].mean()) for key in keys
         }
     return result
 
@@ -266,22 +258,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rollouts = read(pair, [Prompt(text) for text in PROMPTS], config)
     found = figures(pair, sets, rollouts)
-    rows, far, pieces = table(found), apart(found), first_pieces(found, sets)
+    rows, pieces = table(found), first_pieces(found, sets)
+    far = {names: apart(found, *names) for names in (("strict", "prefix"), ("prefix", "longest"))}
     print(f"{len(rollouts)} rollouts, {sets['prefix'].n_events} events\n")
     print(*(f"{head:>12}" for head in HEADS.split()))
     for row in rows:
         print(*(f"{x:12.4f}" if isinstance(x, float) else f"{x:>12}" for x in row.values()))
-    print(f"\nstrict sees over {FAR} nats more than prefix, KL(S‖T): {len(far)} starts")
-    for one in far:
-        print(
-            f"{one['strict KL(S‖T)']:6.2f} against {one['prefix KL(S‖T)']:.3f}  "
-            f"{one['before']!r} | {one['after']!r}"
-        )
+    for (more, less), starts in far.items():
+        print(f"\n{more} sees over {FAR} nats more than {less}, KL(S‖T), at {len(starts)} starts:")
+        for one in starts:
+            values = f"{one[f'{more} KL(S‖T)']:6.2f} against {one[f'{less} KL(S‖T)']:.3f}"
+            print(f"{values}  {one['before']!r} | {one['after']!r}")
     print("\nfirst pieces (prefix) against longest prefixes alone (longest):")
     for key, value in pieces.items():
         shown = value.items() if isinstance(value, dict) else [("", value)]
         print(f"{key:28}", *(f"{name} {x:.4f}" if name != "n" else f"n {x}" for name, x in shown))
-    result = {"table": rows, "apart": far, "first_pieces": pieces, **vars(args)}
+    named = {f"{more} over {less}": starts for (more, less), starts in far.items()}
+    result = {"table": rows, **named, "first_pieces": pieces, **vars(args)}
     print(json.dumps(result, ensure_ascii=False))
     return 0
 
