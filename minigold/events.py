@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -202,9 +202,9 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
     """The events of two vocabularies.
 
     `prefix`: the byte strings that are a text token in both, and the end of turn. Ids with the same
-    bytes add up. A token that only one side has goes to the first piece that the other tokenizer
-    gives for its bytes (`first_pieces` of the *other* vocabulary) if that is an event, else to its
-    longest prefix that is one, else to *other*.
+    bytes add up. A token that only one side has goes to the event of the first piece that the other
+    tokenizer gives for its bytes (`first_pieces` of the *other* vocabulary), which is that piece if
+    it is shared; without one to its longest prefix that is an event, else to *other*.
 
     `strict`: the same events, but a token that only one side has goes to *other*.
 
@@ -244,11 +244,11 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
             "check that both tokenizers were read with the right decoder"
         )
     index = {text: event for event, text in enumerate(names[:-1])}
+    maps = _events_of(index, kind, (teacher.first_pieces, student.first_pieces))
     ours, theirs = (
-        _side(one, names, _event_of(index, kind, other.first_pieces),
-              alone=not identical, carries=kind == "prefix")
-        for one, other in ((student, teacher), (teacher, student))
-    )  # fmt: skip
+        _side(one, names, event_of, alone=not identical, carries=kind == "prefix")
+        for one, event_of in zip((student, teacher), maps, strict=True)
+    )
     return Events(names, ours, theirs, identical, kind)
 
 
@@ -294,26 +294,26 @@ def _texts(vocabulary: Vocabulary) -> set[bytes]:
     return {text for text, role in pairs if role == "text" and text}
 
 
-def _event_of(
-    index: Mapping[bytes, int], kind: str, pieces: Mapping[bytes, bytes]
-) -> Callable[[bytes], int]:
-    """The event of any bytes; the number of events where there is none."""
+def _events_of(
+    index: Mapping[bytes, int], kind: str, pieces: Sequence[Mapping[bytes, bytes]]
+) -> list[Callable[[bytes], int]]:
+    """Of each side, the event of any bytes; the number of events where there is none."""
     n_events = len(index) + 1  # the end of turn
+    if kind != "prefix":
+        size = 1 if kind == "byte" else None
+        return [lambda text: index.get(text[:size], n_events)] * 2
 
     @cache
-    def by_prefix(text: bytes) -> int:
-        """The text itself, else the other side's first piece of it, else its longest prefix."""
+    def by_prefix(side: int, text: bytes) -> int:
+        """The text itself, else what its first piece is on the other side, else a prefix."""
         if text in index:
             return index[text]
-        if pieces.get(text) in index:
-            return index[pieces[text]]
-        prefixes = (text[:k] for k in range(len(text) - 1, 0, -1))
-        return next((index[prefix] for prefix in prefixes if prefix in index), n_events)
+        piece = pieces[side].get(text, b"")
+        found = by_prefix(1 - side, piece) if 0 < len(piece) < len(text) else n_events
+        prefixes = (text[:k] for k in range(len(text) - 1, 0, -1) if found == n_events)
+        return next((index[prefix] for prefix in prefixes if prefix in index), found)
 
-    if kind == "prefix":
-        return by_prefix
-    size = 1 if kind == "byte" else None
-    return lambda text: index.get(text[:size], n_events)
+    return [partial(by_prefix, 0), partial(by_prefix, 1)]
 
 
 def _side(

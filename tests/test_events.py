@@ -49,10 +49,17 @@ def test_unshared_tokens_go_to_first_pieces_then_longest_prefixes() -> None:
     ]
 
 
-def test_first_piece_outside_the_events_falls_back_to_the_longest_prefix() -> None:
+def test_a_first_piece_that_is_no_event_counts_for_what_it_is_on_its_own_side() -> None:
+    """The other model starts `hello` with `he`, and its own `he` is the event `h`."""
     student = words("hel", "h", "hello")
     teacher = words("hel", "h", "he", pieces={b"hello": b"he"})
     events = match(student, teacher)
+    assert events.event_bytes[events.student.event_V[2]] == b"h"
+    assert events.event_bytes[events.teacher.event_V[2]] == b"h"
+
+
+def test_without_a_first_piece_it_is_the_longest_prefix() -> None:
+    events = match(words("hel", "h", "hello"), words("hel", "h", "he"))
     assert events.event_bytes[events.student.event_V[2]] == b"hel"
 
 
