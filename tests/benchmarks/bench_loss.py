@@ -219,14 +219,14 @@ def one_run(side: str, n_rows: int, n_tokens: int) -> dict[str, float]:
 def in_process(side: str, n_rows: int, n_tokens: int) -> dict[str, float]:
     line = [sys.executable, __file__, "--one", side, str(n_rows), str(n_tokens)]
     done = subprocess.run(line, check=True, capture_output=True, text=True)
+    print(f"{side}, {n_rows} x {n_tokens}: {done.stdout.splitlines()[-1]}", file=sys.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times our loss, beside TRL's.")
     parser.add_argument("--trl", action="store_true", help="beside TRL's, which must be installed")
-    parser.add_argument("--turns", type=int, default=3, help="runs of each side and size")
-    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many sizes to run")
+    parser.add_argument("--turns", type=int, nargs=2, default=(3, 1), help="runs of each size")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -235,8 +235,10 @@ def main() -> None:
     figures: dict[str, float] = {}
     worst: dict[str, float] = {}
     sides = ["gold", "gold, all chunks", *["trl"] * args.trl]
-    for size in SIZES[: args.sizes]:
-        turns = [{side: in_process(side, *size) for side in sides} for _ in range(args.turns)]
+    for size, n_turns in zip(SIZES, args.turns, strict=True):
+        if n_turns == 0:
+            continue
+        turns = [{side: in_process(side, *size) for side in sides} for _ in range(n_turns)]
         name = f"{size[0]} x {size[1]}"
         for side in sides:
             for key in ("seconds", "peak_mib"):
