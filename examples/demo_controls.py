@@ -45,12 +45,14 @@ def shuffled(student: Vocabulary, other: Vocabulary, *, kind: str) -> Events:
     order = torch.cat(
         [torch.randperm(n, generator=torch.Generator().manual_seed(0)), torch.tensor([n])]
     )
-    return dataclasses.replace(
-        events,
-        teacher=dataclasses.replace(
-            side, event_V=order[side.event_V], event_of=lambda text: int(order[side.event_of(text)])
-        ),
+    event_V = order[side.event_V]
+    renamed = dataclasses.replace(
+        side,
+        event_V=event_V,
+        column_V=event_V + (event_V == n),
+        event_of=lambda text: int(order[side.event_of(text)]),
     )
+    return dataclasses.replace(events, teacher=renamed)
 
 
 def shifted(student_spans: Any, teacher_spans: Any) -> Chunks:

@@ -327,7 +327,7 @@ def _teacher_law(states_TD: Tensor, head: Head | None, rows: ChunkRows, side: Si
         law_CX = side.project(_logits(states_TD[place_C], head).softmax(-1), FLOOR)
     mass_K = carry.mass_K.to(law_CX.dtype)
     chunk_B, row_K = carry.chunk_K.unique_consecutive(return_inverse=True)
-    stay_B = mass_K.new_ones(len(chunk_B)).index_add(0, row_K, mass_K, alpha=-1)
+    stay_B = mass_K.new_ones(len(chunk_B)).index_add(0, row_K, mass_K, alpha=-1).clamp(min=0)
     prob_C, source_C = rows.teacher_logp_C.to(mass_K).exp(), side.event_V[rows.teacher_id_C]
     into_K = carry.chunk_K, side.column(carry.event_K)
     _revise(law_CX, chunk_B, stay_B, into_K, mass_K, prob_C, source_C, rows.observed_C)

@@ -144,6 +144,21 @@ def test_losses_and_gradients_are_finite_and_laws_sum_to_1(
         torch.testing.assert_close(law_CX.sum(1), torch.ones(C), atol=1e-6, rtol=0)
 
 
+@given(SEEDS, BETAS)
+def test_a_carry_that_rounding_brought_over_1_is_all_there_is(seed: int, beta: float) -> None:
+    """Then nothing is left for the prediction, and no probability is below 0."""
+    rows, events = mixed_rows(OF_KIND["prefix"], seed), OF_KIND["prefix"]
+    every_C = torch.arange(C)
+    over = Carry(every_C, torch.zeros(C, dtype=torch.int64), torch.full((C,), 1 + 1e-6))
+    rows = replace(rows, teacher_carry=over)
+    student_SV, teacher_TW = (x.float() for x in some_logits(rows, seed))
+    (one,) = rows.blocks(C)
+    _, law_CX = _laws(student_SV[one.student.place_N], teacher_TW, None, one, events)
+    assert law_CX.min() >= 0
+    loss_C = chunk_losses(student_SV, teacher_TW, rows=rows, events=events, beta=beta)
+    assert loss_C.isfinite().all()
+
+
 # Continuity in beta
 
 
