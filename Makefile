@@ -1,6 +1,6 @@
 # Every target runs in the active virtual environment, except `all`, which makes its own.
 PYTHON ?= python
-.PHONY: setup format check test cov examples bench bench-align size mutants nightly all
+.PHONY: setup format check test cov examples bench bench-align bench-loss size mutants nightly all
 
 setup:     ## what the other targets need
 	$(PYTHON) -m pip install -c tests/constraints.txt -e ".[test]"
@@ -29,6 +29,11 @@ bench:     ## what a step of the two real models costs on this machine: minutes
 
 bench-align: ## what spans, chunks and matching cost: minutes
 	OMP_NUM_THREADS=1 $(PYTHON) tests/benchmarks/bench_align.py
+
+bench-loss: ## the loss beside TRL's, its memory, and what masks save: an hour
+	OMP_WAIT_POLICY=PASSIVE $(PYTHON) tests/benchmarks/bench_loss.py --trl
+	OMP_NUM_THREADS=1 $(PYTHON) tests/benchmarks/bench_memory.py
+	OMP_WAIT_POLICY=PASSIVE $(PYTHON) tests/benchmarks/bench_masks.py
 
 size:      ## code lines of each module, without blank lines and comments
 	@for f in minigold/*.py; do printf '%5d %s\n' "$$(grep -cvE '^\s*(#.*)?$$' $$f)" "$$f"; done | sort -n
