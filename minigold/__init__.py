@@ -6,6 +6,7 @@ Read the files in the order of the data; each imports only from files above it:
     offsets     token ids or text -> byte spans of each token
     align       two lists of spans -> chunks
     events      two vocabularies -> the events that both can express
+    cache       keys and values of a pass -> those of all passes so far
     model       token ids -> hidden states, and the head that makes logits of them
     sample      prompts -> answers with log-probabilities
     teacher     answers -> what the teacher thinks of them
@@ -55,7 +56,7 @@ __all__ = ["Config", "distill", "load"]
 __version__ = "0.1.0"
 
 MODULES = (  # in reading order
-    "offsets", "align", "events", "model", "sample", "teacher", "disagree", "loss", "config",
+    "offsets", "align", "events", "cache", "model", "sample", "teacher", "disagree", "loss", "config",
     "data", "chat", "weights", "load", "pair", "batch", "rollout", "masked", "metrics", "train",
     "compare", "picture", "page", "demo_task", "demo", "cli",
 )  # fmt: skip

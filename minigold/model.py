@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Cache", "Decoder", "Head", "ModelConfig"]
+from minigold.cache import Cache, Store
+
+__all__ = ["Decoder", "Head", "ModelConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,49 +84,15 @@ class Head(NamedTuple):
         return capped if self.temperature == 1 else capped / self.temperature
 
 
-@dataclass
-class Cache:
-    """Keys and values of the tokens read so far, one tensor [B, G, J, E] per layer.
-
-    `start_B` (int64) is how many tokens each row holds. The caller moves it on after a forward
-    pass; what stands behind it is never seen and gets written over.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    start_B: Tensor
-
-    def rows(self, index_B: Tensor) -> Cache:
-        """A copy of the rows at `index_B` (int64, or a bool mask of all rows)."""
-        keys, values = ([x[index_B] for x in side] for side in (self.keys, self.values))
-        return Cache(keys, values, self.start_B[index_B])
-
-
 class _Sight(NamedTuple):
     """What the layers of one kind share in one pass: rotations, and which keys are visible.
 
     `mask_R1SJ` is bool, or None where attention is plainly causal.
     """
 
-    cos_RSE: Tensor
-    sin_RSE: Tensor
+    cos_R1SE: Tensor
+    sin_R1SE: Tensor
     mask_R1SJ: Tensor | None
-
-
-class _Store(NamedTuple):
-    """One layer's part of the cache, and where this pass writes."""
-
-    keys_BGJE: Tensor
-    values_BGJE: Tensor
-    position_BS: Tensor
-    length: int
-
-    def put(self, key_BGSE: Tensor, value_BGSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new tokens; returns all keys and values up to `length`."""
-        row_B1 = torch.arange(len(key_BGSE), device=key_BGSE.device)[:, None]
-        for kept, new in ((self.keys_BGJE, key_BGSE), (self.values_BGJE, value_BGSE)):
-            kept[row_B1, :, self.position_BS] = new.transpose(1, 2).to(kept.dtype)
-        return self.keys_BGJE[:, :, : self.length], self.values_BGJE[:, :, : self.length]
 
 
 class _Norm(nn.Module):
@@ -154,7 +122,7 @@ class _Attention(nn.Module):
         self.q_norm = _Norm(e, config) if has_norm else nn.Identity()
         self.k_norm = _Norm(e, config) if has_norm else nn.Identity()
 
-    def forward(self, hidden_BSD: Tensor, sight: _Sight, store: _Store | None) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, sight: _Sight, store: Store | None) -> Tensor:
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.config.head_width))
 
@@ -164,6 +132,9 @@ class _Attention(nn.Module):
         query, key = _rotate(query, sight), _rotate(key, sight)
         if store is not None:
             key, value = store.put(key, value)
+        shape, grouped = query.shape, self.config.n_kv_heads != self.config.n_heads
+        if grouped and shape[2] == 1:  # one token: the heads of a group are queries of one head
+            query, grouped = query.reshape(*key.shape[:2], -1, key.shape[3]), False
         mixed_BHSE = F.scaled_dot_product_attention(
             query,
             key,
@@ -171,17 +142,16 @@ class _Attention(nn.Module):
             attn_mask=sight.mask_R1SJ,
             is_causal=sight.mask_R1SJ is None,
             scale=self.config.attention_scale,
-            enable_gqa=self.config.n_kv_heads != self.config.n_heads,
-        )
+            enable_gqa=grouped,
+        ).reshape(shape)
         out_BSD: Tensor = self.o_proj(mixed_BHSE.transpose(1, 2).flatten(2))
         return out_BSD
 
 
 def _rotate(x_BHSE: Tensor, sight: _Sight) -> Tensor:
     """RoPE with the halves of a head as pairs, as Hugging Face lays them out."""
-    low, high = x_BHSE.chunk(2, dim=-1)
-    turned_BHSE = torch.cat([-high, low], dim=-1)
-    return x_BHSE * sight.cos_RSE[:, None] + turned_BHSE * sight.sin_RSE[:, None]
+    halves_changed_BHSE = x_BHSE.roll(x_BHSE.shape[-1] // 2, -1)
+    return torch.addcmul(x_BHSE * sight.cos_R1SE, halves_changed_BHSE, sight.sin_R1SE)
 
 
 class _MLP(nn.Module):
@@ -212,7 +182,7 @@ class _Layer(nn.Module):
             self.pre_feedforward_layernorm = _Norm(config.width, config)
             self.post_feedforward_layernorm = _Norm(config.width, config)
 
-    def forward(self, hidden_BSD: Tensor, sight: _Sight, store: _Store | None) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, sight: _Sight, store: Store | None) -> Tensor:
         mixed_BSD = self.self_attn(self.input_layernorm(hidden_BSD), sight, store)
         if not self.gemma:
             hidden_BSD = hidden_BSD + mixed_BSD
@@ -266,18 +236,14 @@ class Decoder(nn.Module):
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` rows of `length` tokens, on this model's device and in its dtype."""
         shape = (batch, self.config.n_kv_heads, length, self.config.head_width)
-        keys, values = (
-            [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in self.model.layers]
-            for _ in range(2)
-        )
-        return Cache(keys, values, torch.zeros(batch, dtype=torch.int64, device=self.device))
+        return Cache.empty(shape, self.config.n_layers, dtype=self.dtype, device=self.device)
 
     def forward(self, ids_BS: Tensor, cache: Cache | None = None) -> Tensor:
         """hidden_BSD after the final norm.
 
         Without a cache rows are padded on the right and causal, and gradients flow. With a cache
-        token i of row b stands at position `start_B[b] + i`; its keys are written there, and it
-        sees the keys up to itself. `start_B` is left to the caller.
+        token i of row b stands at position `next_B[b] + i`, sees what the cache holds and the
+        tokens up to itself, and is added to the cache.
 
         Args:
             ids_BS: int64, each below `config.vocab_size`.
@@ -286,51 +252,32 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a cache that is too short, or used while gradients are on.
         """
-        length = ids_BS.shape[1]
-        position_RS = torch.arange(length, device=ids_BS.device)[None]
+        position_RS = seen_RJ = torch.arange(ids_BS.shape[1], device=ids_BS.device)[None]
         if cache is not None:
-            position_RS = position_RS + cache.start_B[:, None]
-            length = _checked_length(cache, length)
+            position_RS, seen_RJ = cache.grow(position_RS)
         hidden_BSD = self.model.embed_tokens(ids_BS)
         if self.config.is_gemma:
             scale = torch.tensor(self.config.width**0.5, dtype=hidden_BSD.dtype)
             hidden_BSD = hidden_BSD * scale.item()  # rounded as the embedding is, as Gemma does it
         sights = {
-            sliding: self._sight(position_RS, length, sliding=sliding)
+            sliding: self._sight(position_RS, seen_RJ, sliding=sliding)
             for sliding in set(self.config.sliding)
         }
         for i, layer in enumerate(self.model.layers):
-            store = cache and _Store(cache.keys[i], cache.values[i], position_RS, length)
-            hidden_BSD = layer(hidden_BSD, sights[self.config.sliding[i]], store)
+            hidden_BSD = layer(hidden_BSD, sights[self.config.sliding[i]], cache and cache.store(i))
         normed_BSD: Tensor = self.model.norm(hidden_BSD)
         return normed_BSD
 
-    def _sight(self, position_RS: Tensor, length: int, *, sliding: bool) -> _Sight:
+    def _sight(self, position_RS: Tensor, seen_RJ: Tensor, *, sliding: bool) -> _Sight:
+        """For queries at some positions, and keys at others; all from 0 on where both are one."""
         base = self.config.rope_theta_local if sliding else self.config.rope_theta
         e, device = self.config.head_width, position_RS.device
         power = torch.arange(0, e, 2, device=device, dtype=torch.float32) / e
-        angle = position_RS[..., None].float() * (1 / base**power)  # in the order of the originals
-        angle_RSE = torch.cat([angle, angle], dim=-1)
-        window = self.config.window if sliding else length
+        angle = position_RS[:, None, :, None].float() * (1 / base**power)  # in the originals' order
+        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        window = self.config.window if sliding else seen_RJ.shape[1]
         mask_R1SJ = None
-        if window < length or position_RS.shape[1] < length:
-            query, key = position_RS[:, None, :, None], torch.arange(length, device=device)
+        if window < seen_RJ.shape[1] or position_RS is not seen_RJ:
+            query, key = position_RS[:, None, :, None], seen_RJ[:, None, None, :]
             mask_R1SJ = (key <= query) & (key > query - window)
-        return _Sight(angle_RSE.cos().to(self.dtype), angle_RSE.sin().to(self.dtype), mask_R1SJ)
-
-
-def _checked_length(cache: Cache, n_new: int) -> int:
-    """Tokens that the fullest row holds after this pass."""
-    if torch.is_grad_enabled():
-        raise ValueError(
-            "expected gradients off with a cache, got them on; "
-            "use torch.no_grad(), or leave the cache out to train"
-        )
-    room = cache.keys[0].shape[2]
-    length = int(cache.start_B.max()) + n_new
-    if length > room:
-        raise ValueError(
-            f"expected at most {room} tokens a row, the length of the cache, got {length}; "
-            "make a longer one with empty_cache"
-        )
-    return length
+        return _Sight(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1), mask_R1SJ)

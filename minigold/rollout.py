@@ -24,7 +24,7 @@ from minigold.events import measure
 from minigold.load import LanguageModel
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair
-from minigold.sample import sample
+from minigold.sample import logp_of, sample
 from minigold.teacher import Reading, score
 
 __all__ = ["collect", "precision", "sample_answers", "seeds_of"]
@@ -47,12 +47,13 @@ def sample_answers(
     live = [i for i, is_fixed in enumerate(fixed) if not is_fixed]
     seeds = seeds_of(config.seed, number, DRAW, len(rows))
 
-    def watch(logp_BV: Tensor, ids_B: Tensor) -> Tensor:
+    def watch(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
         if config.student_temperature != 1:
-            logp_BV = (logp_BV / config.student_temperature).log_softmax(-1)
-        taken_B = logp_BV.gather(1, ids_B[:, None])[:, 0]
-        measures = measure(logp_BV.exp(), taken_B, ids_B, events.student)
-        return torch.stack([*measures, taken_B], dim=1)
+            logits_NV = logits_NV / config.student_temperature
+        prob_NV = logits_NV.softmax(-1)
+        taken_N = logp_of(logits_NV, prob_NV, ids_N)
+        measures = measure(prob_NV, taken_N, ids_N, events.student)
+        return torch.stack([*measures, taken_N], dim=1)
 
     drawn = {}
     if live:

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in, the student's own answers with their log-probabilities out.
 
-Batched decoding with a KV cache over prompts of different lengths. Rows that end leave the batch.
-Every row has its own random stream, so its draw does not depend on the rows beside it.
+Batched decoding with a KV cache over prompts of different lengths. Equal prompts are read once; rows
+that end leave the batch. Every row has its own random stream, so its draw does not depend on the
+rows beside it, up to the rounding of matrix products of another size.
 The log-probabilities are the policy's own, before temperature, top-p and top-k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["CausalLM", "Completion", "completion_states", "pad", "sample", "warp"]
+__all__ = ["CausalLM", "Completion", "completion_states", "logp_of", "pad", "sample", "warp"]
 
 Watch = Callable[[Tensor, Tensor], Tensor]
+LOOK = {"cpu": 1}  # steps between looks at which rows have ended; each waits for the device
+ALIKE = 0.8  # prompts are read together if none is shorter than this part of the longest
+AT_ONCE = 2**14  # tokens of prompts that are read together
+BLOCK = 512  # tokens
 
 
 class CausalLM(Protocol):
@@ -85,12 +90,23 @@ def warp(logits_BV: Tensor, *, temperature: float, top_p: float = 1.0, top_k: in
 
 
 def _draw(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution, which need not be normalized."""
+    """Inverse of the cumulative distribution, which need not be normalized.
+
+    First of the blocks of `BLOCK` tokens, then in the block that was found.
+    """
     exact = torch.float32 if prob_BV.device.type == "mps" else torch.float64
-    cumulative_BV = prob_BV.to(exact).cumsum(-1)
-    point_B1 = uniform_B.to(exact)[:, None] * cumulative_BV[:, -1:]
-    ids_B = torch.searchsorted(cumulative_BV, point_B1, right=True)[:, 0]
-    return ids_B.clamp(max=prob_BV.shape[-1] - 1)
+    filled = torch.nn.functional.pad(prob_BV, (0, -prob_BV.shape[-1] % BLOCK))
+    block_BXK = filled.unflatten(-1, (-1, BLOCK))
+    mass_BX = block_BXK.sum(-1, dtype=exact)
+    upto_BX = mass_BX.cumsum(-1)
+    point_B1 = uniform_B.to(exact)[:, None] * upto_BX[:, -1:]
+    found_B1 = torch.searchsorted(upto_BX, point_B1, right=True).clamp(max=upto_BX.shape[1] - 1)
+    inside_B1 = (point_B1 - upto_BX.gather(1, found_B1)) / mass_BX.gather(1, found_B1) + 1
+    every_B = torch.arange(len(prob_BV), device=prob_BV.device)
+    within_BK = block_BXK[every_B, found_B1[:, 0]].to(exact).cumsum(-1)
+    inside_B1 = within_BK[:, -1:] * inside_B1.clamp(0, 1 - 4 * torch.finfo(exact).eps)
+    ids_B1 = found_B1 * BLOCK + torch.searchsorted(within_BK, inside_B1, right=True)
+    return ids_B1[:, 0].clamp(max=prob_BV.shape[-1] - 1)  # for what is not a number
 
 
 def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
@@ -122,66 +138,106 @@ def sample(
         eos_ids: every id that ends a row; it is kept as the last id.
         temperature, top_p, top_k: see `warp`.
         seed: one for all (row i then uses seed + i), or one per row.
-        watch: `(logp_BV, ids_B) -> values_BK`, called with the unwarped log-probabilities at each
-            step and the ids taken; its values come back per token.
+        watch: `(logits_NV, ids_N) -> values_NK`, called with the unwarped logits of some tokens
+            and the ids taken there; its values come back per token.
 
     Raises:
         ValueError: no prompts, an empty prompt, or numbers out of range.
     """
     _check(prompts, max_new_tokens, temperature, top_p, top_k)
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    uniform_BN = _uniforms(seeds, max_new_tokens).to(model.device)
-    stops = frozenset(eos_ids)
-    cache = model.empty_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
-    state = _prefill(model, prompts, cache)
-
-    rows = list(range(len(prompts)))  # the prompt of each row still in the batch
-    drawn: list[list[_Drawn]] = [[] for _ in prompts]
+    device, shape = model.device, (len(prompts), max_new_tokens)
+    look, warped = LOOK.get(device.type, 16), (temperature, top_p, top_k) != (1, 1, 0)
+    stops = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
+    uniform_RL = _uniforms(seeds, max_new_tokens).to(device)
+    ids_RL = torch.zeros(shape, dtype=torch.int64, device=device)
+    logp_RL = torch.zeros(shape, device=device)
+    place_RL = torch.arange(ids_RL.numel(), device=device).view(shape)
+    unwatched: list[tuple[Tensor, Tensor]] = []  # places, and the logits (or states) there
+    watched: list[tuple[Tensor, Tensor]] = []  # places, and the values there
+    cache, state = _prefill(model, prompts, max_new_tokens)
+    rows = torch.arange(len(prompts), device=device)  # the rows still in the batch
+    ended = torch.zeros_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
         logits = model.head.logits(state)
-        prob = warp(logits, temperature=temperature, top_p=top_p, top_k=top_k)
-        taken = _take(logits, _draw(prob, uniform_BN[rows, step]), watch)
-        for row, one in zip(rows, taken, strict=True):
-            drawn[row].append(one)
-        left = [i for i, one in enumerate(taken) if one.token not in stops]
-        rows = [rows[i] for i in left]
-        if not rows or step == max_new_tokens - 1:
-            break
-        if len(left) < len(taken):
-            cache = cache.rows(torch.tensor(left, device=model.device))
-        tokens = torch.tensor([[taken[i].token] for i in left], device=model.device)
-        state = model(tokens, cache)[:, 0]
-        cache.start_B = cache.start_B + 1
-    return [
-        Completion(
-            [one.token for one in row],
-            torch.tensor([one.logp for one in row]),
-            row[-1].token in stops,
-            torch.stack([one.watched_K for one in row]) if watch is not None else None,
-        )
-        for row in drawn
-    ]
+        own = prob = logits.softmax(-1)
+        if warped:
+            prob = warp(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+        ids = _draw(prob, uniform_RL[rows, step])
+        ids_RL[rows, step], logp_RL[rows, step] = ids, logp_of(logits, own, ids)
+        ended = ended | torch.isin(ids, stops)
+        unwatched.append((place_RL[rows, step], logits if look == 1 else state))
+        if (step + 1) % look == 0 or step + 1 == max_new_tokens:
+            if watch is not None:
+                place, seen = (torch.cat(x) for x in zip(*unwatched, strict=True))
+                logits = seen if look == 1 else model.head.logits(seen)
+                watched.append((place, watch(logits, ids_RL.flatten()[place])))
+            unwatched.clear()
+            left = (~ended).nonzero()[:, 0]
+            if not len(left) or step + 1 == max_new_tokens:
+                break
+            if len(left) < len(rows):
+                cache.keep(left)
+                rows, ids, ended = (x[left] for x in (rows, ids, ended))
+        state = model(ids[:, None], cache)[:, 0]
+    return _completions(ids_RL.cpu(), logp_RL.cpu(), stops.cpu(), watched)
 
 
-class _Drawn(NamedTuple):
-    token: int
-    logp: float
-    watched_K: Tensor
+def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], n_new: int) -> tuple[Any, Tensor]:
+    """A cache with all prompts and room for `n_new`; the states that predict each first token."""
+    device, rows = model.device, dict[tuple[int, ...], list[int]]()
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(tuple(prompt), []).append(i)
+    cache = model.empty_cache(len(prompts), max(map(len, prompts)) + n_new)
+    found: list[Tensor] = []
+    order: list[int] = []
+    for group in _alike(list(rows)):
+        length_G = torch.tensor([len(prompt) for prompt in group], device=device)
+        read = model.empty_cache(len(group), len(group[0]))
+        hidden_GSD = model(pad(group, device), read)
+        read.cut(length_G)
+        into = [i for prompt in group for i in rows[prompt]]
+        copies_G = torch.tensor([len(rows[prompt]) for prompt in group])
+        from_K = torch.arange(len(group)).repeat_interleave(copies_G).to(device)
+        cache.fill(torch.tensor(into, device=device), read, from_K)
+        found.append(hidden_GSD[from_K, length_G[from_K] - 1])
+        order += into
+    return cache, torch.cat(found)[torch.tensor(order, device=device).argsort()]
 
 
-def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
-    """Reads the prompts into the cache; the states that predict each first token, [B, D]."""
-    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    hidden_BSD = model(pad(prompts, model.device), cache)
-    cache.start_B = lengths_B
-    return hidden_BSD[torch.arange(len(prompts), device=model.device), lengths_B - 1]
+def _alike(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Groups of prompts that little padding makes equally long, the longest first."""
+    order, start = sorted(prompts, key=len, reverse=True), 0
+    for end in range(1, len(order) + 1):
+        longest, many = len(order[start]), len(order[start]) * (end + 1 - start) > AT_ONCE
+        if many or end == len(order) or len(order[end]) < ALIKE * longest:
+            yield order[start:end]
+            start = end
 
 
-def _take(logits_BV: Tensor, ids_B: Tensor, watch: Watch | None) -> list[_Drawn]:
-    logp_BV = logits_BV.log_softmax(-1)
-    taken_B = logp_BV.gather(1, ids_B[:, None])[:, 0]
-    watched_BK = torch.zeros(len(ids_B), 0) if watch is None else watch(logp_BV, ids_B).cpu()
-    return [_Drawn(*row) for row in zip(ids_B.tolist(), taken_B.tolist(), watched_BK, strict=True)]
+def logp_of(logits_NV: Tensor, prob_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """In nats, of one token a row, beside the softmax of the logits; exact for improbable ones."""
+    normalizer_N = logits_NV.amax(-1) - prob_NV.amax(-1).log()
+    return logits_NV.gather(1, ids_N[:, None])[:, 0] - normalizer_N
+
+
+def _completions(
+    ids_RL: Tensor, logp_RL: Tensor, stops: Tensor, watched: list[tuple[Tensor, Tensor]]
+) -> list[Completion]:
+    """Each row up to its first stop id."""
+    values_RLK = None
+    if watched:
+        place_M, value_MK = (torch.cat(x).cpu() for x in zip(*watched, strict=True))
+        values_RLK = value_MK.new_zeros(ids_RL.numel(), value_MK.shape[1])
+        values_RLK = values_RLK.index_copy(0, place_M, value_MK).unflatten(0, ids_RL.shape)
+    found = []
+    for i, stops_L in enumerate(torch.isin(ids_RL, stops)):
+        first = stops_L.nonzero()[:1, 0].tolist()
+        n = first[0] + 1 if first else len(stops_L)
+        ids, logp_S = ids_RL[i, :n].tolist(), logp_RL[i, :n].clone()
+        values_SK = None if values_RLK is None else values_RLK[i, :n].clone()
+        found.append(Completion(ids, logp_S, bool(first), values_SK))
+    return found
 
 
 def _check(

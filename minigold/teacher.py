@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from minigold.events import Side, measure
-from minigold.sample import CausalLM, completion_states, pad
+from minigold.sample import CausalLM, completion_states, logp_of, pad
 
 __all__ = ["CARRY_FROM", "Carried", "Reading", "Score", "read_states", "score"]
 
 CARRY_FROM = 1e-3  # an overhang under this is left out
-RARE = math.log(1e-30)  # nats; probabilities under this lose digits in float32
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def read_states(
         ids_N = ids_T[start : start + block]
         logits_NV = logits_NV[: len(ids_N)]
         prob_NV = logits_NV.softmax(-1)
-        logp_N = _log_probabilities(logits_NV, prob_NV, ids_N)
+        logp_N = logp_of(logits_NV, prob_NV, ids_N)
         logps.append(logp_N)
         measures.append(torch.stack(measure(prob_NV, logp_N, ids_N, side), dim=1))
         some = covers[len(masses) :]
@@ -152,14 +151,6 @@ def read_states(
     logp_T = torch.cat(logps).cpu()
     carried = _carried(covers, masses, logp_T.tolist())
     return Score(hidden_MD, logp_T, end_logp, torch.cat(measures).cpu(), carried)
-
-
-def _log_probabilities(logits_NV: Tensor, prob_NV: Tensor, ids_N: Tensor) -> Tensor:
-    """In nats, of one token a row; improbable ones, whose probability may round to 0, anew."""
-    logp_N = prob_NV.gather(1, ids_N[:, None])[:, 0].log()
-    rare_K = (logp_N < RARE).nonzero()[:, 0]
-    exact_KV = logits_NV[rare_K].log_softmax(-1)
-    return logp_N.index_put((rare_K,), exact_KV.gather(1, ids_N[rare_K, None])[:, 0])
 
 
 class _Cover(NamedTuple):

@@ -143,8 +143,8 @@ MUTANTS = (
     # the halves of a head turn the other way
     Mutant(
         "minigold/model.py",
-        "torch.cat([-high, low], dim=-1)",
-        "torch.cat([high, -low], dim=-1)",
+        "torch.cat([-sin, sin], dim=-1)",
+        "torch.cat([sin, -sin], dim=-1)",
         "tests/test_model.py",
     ),
     # an old key that scales positions is overlooked where the new one stands too
@@ -264,6 +264,41 @@ MUTANTS = (
         "of_bias += grad_NV.sum(0, dtype=of_bias.dtype)",
         "of_bias += 0 * grad_NV.sum(0, dtype=of_bias.dtype)",
         "tests/test_loss_properties.py",
+    ),
+    # padding of short prompts is seen
+    Mutant(
+        "minigold/cache.py",
+        "self.position_BJ >= length_B[:, None]",
+        "self.position_BJ > length_B[:, None]",
+        "tests/test_sample.py",
+    ),
+    # rows that are copied go on from another position
+    Mutant(
+        "minigold/cache.py",
+        "self.next_B[rows_K] = other.next_B[from_K]",
+        "self.next_B[rows_K] = other.next_B[rows_K % len(other.next_B)]",
+        "tests/test_sample.py",
+    ),
+    # the states after the prompts are in the order of their lengths
+    Mutant(
+        "minigold/sample.py",
+        "torch.cat(found)[torch.tensor(order, device=device).argsort()]",
+        "torch.cat(found)",
+        "tests/test_sample.py",
+    ),
+    # the point inside a block of tokens is that of the block before
+    Mutant(
+        "minigold/sample.py",
+        "/ mass_BX.gather(1, found_B1) + 1",
+        "/ mass_BX.gather(1, found_B1) + 0.5",
+        "tests/test_sample.py",
+    ),
+    # rows that ended stay in the batch, and the others leave
+    Mutant(
+        "minigold/sample.py",
+        "left = (~ended).nonzero()[:, 0]",
+        "left = ended.nonzero()[:, 0]",
+        "tests/test_sample.py",
     ),
     # the shift is deleted
     Mutant(

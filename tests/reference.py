@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The obvious, slow versions that the fast code of the package is tested against.
 
-Plain Python, written to be checked by reading. Sections follow the order of the data flow.
+Plain loops, written to be checked by reading. Sections follow the order of the data flow.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
-__all__ = ["align_slow", "replace_slow"]
+import torch
+
+__all__ = ["align_slow", "replace_slow", "sample_slowly"]
 
 # -- alignment -----------------------------------------------------------------------------------
 
@@ -113,3 +116,22 @@ def replace_slow(pieces: Sequence[bytes]) -> list[tuple[int, int, bool]]:
             spans.append((at, at, False))
         done += len(piece)
     return spans
+
+
+# -- sampling -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_slowly(model: Any, prompt: list[int], uniform: list[float], n: int) -> list[int]:
+    """One row, no cache, no batch: the whole text again for each token."""
+    ids = list(prompt)
+    for u in uniform[:n]:
+        logits_V = model.head.logits(model(torch.tensor([ids]))[0, -1])
+        total, target = 0.0, u
+        prob = logits_V.double().softmax(-1).tolist()
+        for token, p in enumerate(prob):
+            total += p
+            if total > target:
+                ids.append(token)
+                break
+    return ids[len(prompt) :]

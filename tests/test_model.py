@@ -134,32 +134,41 @@ def test_padding_on_the_right_changes_nothing_before_it(family: str) -> None:
         assert error <= EXACT
 
 
-@pytest.mark.parametrize("kept", [torch.tensor([2, 0]), torch.tensor([True, False, True, True])])
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_cache_changes_nothing(family: str, step: int, kept: Tensor) -> None:
+def test_a_cache_changes_nothing(family: str, step: int) -> None:
+    """Prompts of different lengths, several tokens a pass, rows that leave, rows that are copied."""
     model, ids_BS = tiny_decoder(family), some_ids(4, 19)
     whole_BSD = model(ids_BS)
-    cache = model.empty_cache(4, 19)
+    cache, length_B, rows = model.empty_cache(4, 22), LENGTHS, torch.arange(4)
     prompt_BSD = model(ids_BS[:, :7], cache)
     for row, length in enumerate(LENGTHS.tolist()):
         error = largest(prompt_BSD[row, :length] - whole_BSD[row, :length])
         assert error <= EXACT
-    cache.start_B, rows = LENGTHS, torch.arange(4)
-    while int(cache.start_B.max()) + step <= 19:
-        place = rows[:, None], cache.start_B[:, None] + torch.arange(step)
+    cache.cut(LENGTHS)
+    while int(length_B.max()) + step <= 19:
+        place = rows[:, None], length_B[:, None] + torch.arange(step)
         error = largest(model(ids_BS[place], cache) - whole_BSD[place])
         assert error <= EXACT
-        cache.start_B = cache.start_B + step
-        if len(rows) == 4 and int(cache.start_B.max()) >= 12:  # past the window
-            cache, rows = cache.rows(kept), rows[kept]
-    assert len(rows) < 4
+        length_B = length_B + step
+        if len(rows) == 4 and int(length_B.max()) >= 12:  # past the window
+            kept = torch.tensor([0, 2])
+            cache.keep(kept)
+            rows, length_B = rows[kept], length_B[kept]
+        elif len(rows) == 2:
+            copies, order = model.empty_cache(3, 22), torch.tensor([1, 0, 1])
+            copies.fill(torch.tensor([2, 0, 1]), cache, order)
+            back = order[torch.tensor([1, 2, 0])]
+            cache, rows, length_B = copies, rows[back], length_B[back]
+    assert len(rows) == 3
 
 
-def test_rows_of_a_cache_are_copies() -> None:
-    cache = tiny_decoder("llama").empty_cache(3, 5)
-    cache.rows(torch.tensor([1])).keys[0].fill_(1.0)
+def test_rows_of_a_cache_are_copied() -> None:
+    cache, copies = (tiny_decoder("llama").empty_cache(n, 5) for n in (3, 2))
+    cache.used = 2
+    copies.fill(torch.tensor([0, 1]), cache, torch.tensor([1, 1]))
+    copies.keys[0].fill_(1.0)
     assert float(cache.keys[0].sum()) == 0
 
 
@@ -168,7 +177,7 @@ def test_an_empty_cache_is_made_for_its_model(dtype: torch.dtype) -> None:
     cache = new_decoder("qwen3").to(dtype).empty_cache(3, 5)
     assert [x.shape for x in (*cache.keys, *cache.values)] == [(3, 2, 5, 6)] * 4
     assert {x.dtype for x in (*cache.keys, *cache.values)} == {dtype}
-    assert cache.start_B.tolist() == [0, 0, 0]
+    assert cache.next_B.tolist() == [0, 0, 0]
 
 
 def test_a_cache_is_refused_where_it_does_not_fit() -> None:
@@ -176,9 +185,8 @@ def test_a_cache_is_refused_where_it_does_not_fit() -> None:
     cache = model.empty_cache(2, 5)
     with pytest.raises(ValueError, match="expected gradients off with a cache, got them on"):
         model(some_ids(2, 3), cache)
-    cache.start_B = torch.tensor([1, 3])
     with torch.no_grad():
-        model(some_ids(2, 2), cache)
+        model(some_ids(2, 3), cache)
         with pytest.raises(ValueError, match=r"at most 5 tokens a row, .* got 6; make a longer"):
             model(some_ids(2, 3), cache)
 

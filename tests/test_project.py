@@ -23,7 +23,8 @@ from shape_suffix import ShapeSuffixes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minigold"
-LEAVES = ("offsets", "align", "events", "model", "sample", "disagree", "loss")
+LEAVES = ("offsets", "align", "events", "cache", "model", "sample", "disagree", "loss")
+BESIDE = {"model": "cache"}  # a leaf that needs another
 DEPENDENCIES = {"torch", "tokenizers", "safetensors", "numpy"}
 OPTIONAL = {"jinja2", "tqdm", "huggingface_hub"}  # imported inside the functions that use them
 SKIPPED = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "__pycache__",
@@ -155,6 +156,13 @@ def test_leaves_work_when_copied_alone(tmp_path: Path) -> None:
     for leaf in LEAVES:
         (tmp_path / leaf).mkdir()
         shutil.copy(PACKAGE / f"{leaf}.py", tmp_path / leaf)
+        if leaf in BESIDE:
+            shutil.copy(PACKAGE / f"{BESIDE[leaf]}.py", tmp_path / leaf)
+            copy = tmp_path / leaf / f"{leaf}.py"
+            line = f"from minigold.{BESIDE[leaf]} import"
+            text = copy.read_text("utf-8")
+            assert text.count(line) == 1
+            copy.write_text(text.replace(line, f"from {BESIDE[leaf]} import"), "utf-8")
     code = """
 import importlib, sys
 

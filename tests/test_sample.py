@@ -1,31 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling: the cache changes nothing, rows stand alone, filters and stops do what they say."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minigold.sample import completion_states, pad, sample, warp
+from minigold import sample as sampling
+from minigold.model import Decoder
+from minigold.sample import completion_states, logp_of, pad, sample, warp
+from reference import sample_slowly
 from tiny_models import tiny_decoder
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [3, 1]]
-
-
-def reference_sample(model: object, prompt: list[int], uniform: list[float], n: int) -> list[int]:
-    """One row, no cache, no batch: the whole text again for each token."""
-    ids = list(prompt)
-    for u in uniform[:n]:
-        logits_V = model.head.logits(model(torch.tensor([ids]))[0, -1])  # type: ignore[attr-defined,operator]
-        total, target = 0.0, u
-        prob = logits_V.double().softmax(-1).tolist()
-        for token, p in enumerate(prob):
-            total += p
-            if total > target:
-                ids.append(token)
-                break
-    return ids[len(prompt) :]
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [3, 1], [2, 7, 1, 8, 2]]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -36,7 +26,7 @@ def test_cached_batched_sampling_equals_the_slow_one(family: str) -> None:
         g = torch.Generator().manual_seed(5 + i)
         uniform = torch.rand(7, generator=g, dtype=torch.float64).tolist()
         with torch.no_grad():
-            assert one.ids == reference_sample(model, prompt, uniform, 7)
+            assert one.ids == sample_slowly(model, prompt, uniform, 7)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -53,7 +43,7 @@ def test_logp_is_that_of_the_unwarped_policy(family: str) -> None:
 
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     model = tiny_decoder("llama")
-    together = sample(model, PROMPTS, max_new_tokens=9, eos_ids=[11, 12], seed=[7, 8, 9, 10])
+    together = sample(model, PROMPTS, max_new_tokens=9, eos_ids=[11, 12], seed=[7, 8, 9, 10, 11])
     for i, prompt in enumerate(PROMPTS):
         alone = sample(model, [prompt], max_new_tokens=9, eos_ids=[11, 12], seed=[7 + i])[0]
         assert alone.ids == together[i].ids
@@ -73,13 +63,58 @@ def test_every_stop_id_ends_a_row_and_stays_in_it() -> None:
 def test_watch_sees_each_token_with_its_distribution() -> None:
     model = tiny_decoder("llama")
 
-    def watch(logp_BV: Tensor, ids_B: Tensor) -> Tensor:
-        return torch.stack([logp_BV.gather(1, ids_B[:, None])[:, 0], ids_B.float()], dim=1)
+    def watch(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
+        return torch.stack([logp_of(logits_NV, logits_NV.softmax(-1), ids_N), ids_N.float()], dim=1)
 
     for one in sample(model, PROMPTS, max_new_tokens=12, eos_ids=[3, 5, 7], watch=watch):
         assert one.watched_SK is not None
         assert torch.equal(one.watched_SK[:, 0], one.logp_S)
         assert one.watched_SK[:, 1].tolist() == one.ids
+
+
+@pytest.mark.parametrize("look", [2, 5, 16])
+def test_how_often_one_looks_changes_nothing(look: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is waited for, rows that ended go on until the next look."""
+    model, seen = tiny_decoder("gemma3_text"), []
+
+    def watch(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
+        seen.append(len(ids_N))
+        return torch.stack([logp_of(logits_NV, logits_NV.softmax(-1), ids_N), ids_N.float()], dim=1)
+
+    settings: dict[str, Any] = {"max_new_tokens": 19, "eos_ids": range(0, 40, 7), "watch": watch}
+    want = sample(model, PROMPTS * 3, **settings)
+    assert len(seen) == max(len(one.ids) for one in want)
+    assert len({len(one.ids) for one in want}) > 3
+    seen.clear()
+    monkeypatch.setitem(sampling.LOOK, "cpu", look)
+    got = sample(model, PROMPTS * 3, **settings)
+    assert len(seen) == -(-min(19, max(len(one.ids) for one in want)) // look)
+    for a, b in zip(want, got, strict=True):
+        assert (a.ids, a.finished) == (b.ids, b.finished)
+        torch.testing.assert_close(a.logp_S, b.logp_S, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.watched_SK, b.watched_SK, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_prompts_are_read_once_and_padding_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = tiny_decoder("llama"), []
+    prompts = [[7] * n for n in (9, 50, 3, 45, 9, 50, 50, 8)]
+    forward = Decoder.forward
+
+    def counted(self: Decoder, ids_BS: Tensor, cache: Any = None) -> Tensor:
+        read.append(tuple(ids_BS.shape))
+        return forward(self, ids_BS, cache)
+
+    monkeypatch.setattr(Decoder, "forward", counted)
+    got = sample(model, prompts, max_new_tokens=2, eos_ids=[], seed=[3] * 8)
+    assert read == [(2, 50), (2, 9), (1, 3), (8, 1)]
+    monkeypatch.setattr(sampling, "AT_ONCE", 99)
+    assert [one.ids for one in got] == [
+        one.ids for one in sample(model, prompts, max_new_tokens=2, eos_ids=[], seed=[3] * 8)
+    ]
+    assert read[4:] == [(1, 50), (1, 45), (2, 9), (1, 3), (8, 1)]
+    for prompt, one in zip(prompts, got, strict=True):
+        alone = sample(model, [prompt], max_new_tokens=2, eos_ids=[], seed=3)[0]
+        assert alone.ids == one.ids
 
 
 def test_temperature_zero_is_greedy() -> None:

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of the tokens that a decoder has read, made once and never moved.
+
+A pass writes its tokens to the next columns, the same ones in all rows, so that it is one copy;
+which position in its row a column holds is kept beside them. Prompts of different lengths leave
+columns that no query sees. Letters as in `model.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["NOWHERE", "Cache", "Store"]
+
+NOWHERE = 2**40  # a position that no query reaches
+
+
+class Store(NamedTuple):
+    """One layer's columns in use, and which of them are new."""
+
+    keys_BGJE: Tensor
+    values_BGJE: Tensor
+    new: slice
+
+    def put(self, key_BGSE: Tensor, value_BGSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens; returns all."""
+        self.keys_BGJE[:, :, self.new] = key_BGSE
+        self.values_BGJE[:, :, self.new] = value_BGSE
+        return self.keys_BGJE, self.values_BGJE
+
+
+@dataclass
+class Cache:
+    """Of B rows.
+
+    Args:
+        keys, values: one tensor [B, G, J, E] per layer.
+        position_BJ: int64, where in its row a column's token stands; `NOWHERE` if it has none.
+        next_B: int64, the position of each row's next token.
+        used: columns in use.
+        new: of the last pass.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    position_BJ: Tensor
+    next_B: Tensor
+    used: int = 0
+    new: int = 0
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int, int], n_layers: int, *, dtype: torch.dtype,
+        device: torch.device,
+    ) -> Cache:  # fmt: skip
+        """`shape`: B, G, J, E."""
+        keys, values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+            for _ in range(2)
+        )
+        position_BJ = torch.full((shape[0], shape[2]), NOWHERE, device=device)
+        return cls(keys, values, position_BJ, torch.zeros_like(position_BJ[:, 0]))
+
+    def grow(self, ahead_1S: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for the next tokens: their positions [B, S], and those of all columns in use.
+
+        Args:
+            ahead_1S: int64, how far each token stands ahead of `next_B`.
+
+        Raises:
+            ValueError: no room, or gradients are on.
+        """
+        room, self.new = self.position_BJ.shape[1], ahead_1S.shape[1]
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "expected gradients off with a cache, got them on; "
+                "use torch.no_grad(), or leave the cache out to train"
+            )
+        if self.used + self.new > room:
+            raise ValueError(
+                f"expected at most {room} tokens a row, the length of the cache, got "
+                f"{self.used + self.new}; make a longer one with empty_cache"
+            )
+        position_BS = self.next_B[:, None] + ahead_1S
+        self.used += self.new
+        self.position_BJ[:, self.used - self.new : self.used] = position_BS
+        self.next_B = self.next_B + self.new
+        return position_BS, self.position_BJ[:, : self.used]
+
+    def store(self, layer: int) -> Store:
+        """For the tokens that `grow` made room for."""
+        keys, values = (side[layer][:, :, : self.used] for side in (self.keys, self.values))
+        return Store(keys, values, slice(self.used - self.new, self.used))
+
+    def cut(self, length_B: Tensor) -> None:
+        """Only the first `length_B` tokens of each row stay visible; the next one follows them."""
+        self.position_BJ.masked_fill_(self.position_BJ >= length_B[:, None], NOWHERE)
+        self.next_B = length_B
+
+    def fill(self, rows_K: Tensor, other: Cache, from_K: Tensor) -> None:
+        """Rows of another cache, copied into some of this one's; both int64."""
+        used = other.used
+        for mine, theirs in zip(
+            (*self.keys, *self.values), (*other.keys, *other.values), strict=True
+        ):
+            mine[rows_K, :, :used] = theirs[from_K, :, :used]
+        self.position_BJ[rows_K, :used] = other.position_BJ[from_K, :used]
+        self.next_B[rows_K] = other.next_B[from_K]
+        self.used = max(self.used, used)
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Only these rows (int64, ascending) stay, moved to the front."""
+        n, used = len(rows_K), self.used
+        for side in (self.keys, self.values):
+            for i, rows_BGJE in enumerate(side):
+                rows_BGJE[:n, :, :used] = rows_BGJE[rows_K, :, :used]
+                side[i] = rows_BGJE[:n]
+        self.position_BJ, self.next_B = self.position_BJ[rows_K], self.next_B[rows_K]
