@@ -23,7 +23,7 @@ from shape_suffix import ShapeSuffixes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minigold"
-LEAVES = ("offsets", "align", "events", "model", "sample", "disagree", "loss")
+LEAVES = ("offsets", "align", "events", "model", "sample", "disagree", "loss", "rope")
 DEPENDENCIES = {"torch", "tokenizers", "safetensors", "numpy"}
 OPTIONAL = {"jinja2", "tqdm", "huggingface_hub"}  # imported inside the functions that use them
 SKIPPED = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "__pycache__",
