@@ -147,13 +147,6 @@ MUTANTS = (
         "torch.cat([high, -low], dim=-1)",
         "tests/test_model.py",
     ),
-    # an old key that scales positions is overlooked where the new one stands too
-    Mutant(
-        "minigold/weights.py",
-        'rope = {**rope, **(config.get("rope_scaling") or {})}',
-        'rope = rope or config.get("rope_scaling") or {}',
-        "tests/test_weights.py",
-    ),
     # templates may change the messages
     Mutant(
         "minigold/chat.py",
