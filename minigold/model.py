@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids in, hidden states out: one decoder for Llama (SmolLM), Qwen2, Qwen3 and Gemma 3.
+"""Token ids in, hidden states out: one decoder for Llama, Mistral, SmolLM3, Qwen2, Qwen3, Gemma 3.
 
 The families differ by a few switches. Parameters bear the names that Hugging Face files give them.
 The decoder ends at its last hidden states; logits are made by `Head` where they are needed, never
@@ -7,12 +7,13 @@ for a whole batch here.
 
 Letters beside the common ones: S tokens of this call, J key positions, G key-value heads,
 R rows, or 1 where all rows are alike.
-Not here: files (`weights.py`), sampling (`sample.py`), RoPE scaling, dropout.
+Not here: files (`weights.py`), sampling (`sample.py`), RoPE frequencies (`rope.py`), dropout.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,9 @@ class ModelConfig:
     """The shape of a decoder, and the switches of its family.
 
     Args:
-        rope_theta, rope_theta_local: RoPE bases of full and of sliding layers.
+        rope, rope_local: of full and of sliding layers, radians per token of each pair of a head,
+            and a factor on their cosines and sines.
+        rotary: per layer, RoPE is applied (else NoPE).
         sliding: per layer, attention is limited to the last `window` tokens.
         attention_scale: factor on queries times keys.
         softcap: logits are squeezed into (-softcap, softcap), or None.
@@ -39,7 +42,6 @@ class ModelConfig:
     vocab_size: int
     width: int
     mlp_width: int
-    n_layers: int
     n_heads: int
     n_kv_heads: int
     head_width: int
@@ -47,8 +49,9 @@ class ModelConfig:
     norm_eps: float
     activation: str
     tied: bool
-    rope_theta: float
-    rope_theta_local: float
+    rope: tuple[tuple[float, ...], float]
+    rope_local: tuple[tuple[float, ...], float]
+    rotary: tuple[bool, ...]
     sliding: tuple[bool, ...]
     window: int
     attention_scale: float
@@ -111,9 +114,9 @@ class _Norm(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, rotary: bool) -> None:
         super().__init__()
-        self.config, e = config, config.head_width
+        self.config, self.rotary, e = config, rotary, config.head_width
         self.q_proj = nn.Linear(config.width, config.n_heads * e, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.width, config.n_kv_heads * e, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.width, config.n_kv_heads * e, bias=config.qkv_bias)
@@ -129,7 +132,8 @@ class _Attention(nn.Module):
         query = self.q_norm(split(self.q_proj(hidden_BSD))).transpose(1, 2)
         key = self.k_norm(split(self.k_proj(hidden_BSD))).transpose(1, 2)
         value = split(self.v_proj(hidden_BSD)).transpose(1, 2)
-        query, key = _rotate(query, sight), _rotate(key, sight)
+        if self.rotary:
+            query, key = _rotate(query, sight), _rotate(key, sight)
         if store is not None:
             key, value = store.put(key, value)
         shape, grouped = query.shape, self.config.n_kv_heads != self.config.n_heads
@@ -172,10 +176,10 @@ class _MLP(nn.Module):
 class _Layer(nn.Module):
     """Norms before each block; Gemma has norms after each block too."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, rotary: bool) -> None:
         super().__init__()
         self.gemma = config.is_gemma
-        self.self_attn, self.mlp = _Attention(config), _MLP(config)
+        self.self_attn, self.mlp = _Attention(config, rotary=rotary), _MLP(config)
         self.input_layernorm = _Norm(config.width, config)
         self.post_attention_layernorm = _Norm(config.width, config)
         if self.gemma:
@@ -196,7 +200,7 @@ class _Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(_Layer(config, rotary=rotary) for rotary in config.rotary)
         self.norm = _Norm(config.width, config)
 
 
@@ -236,7 +240,7 @@ class Decoder(nn.Module):
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` rows of `length` tokens, on this model's device and in its dtype."""
         shape = (batch, self.config.n_kv_heads, length, self.config.head_width)
-        return Cache.empty(shape, self.config.n_layers, dtype=self.dtype, device=self.device)
+        return Cache.empty(shape, len(self.model.layers), dtype=self.dtype, device=self.device)
 
     def forward(self, ids_BS: Tensor, cache: Cache | None = None) -> Tensor:
         """hidden_BSD after the final norm.
@@ -270,14 +274,17 @@ class Decoder(nn.Module):
 
     def _sight(self, position_RS: Tensor, seen_RJ: Tensor, *, sliding: bool) -> _Sight:
         """For queries at some positions, and keys at others; all from 0 on where both are one."""
-        base = self.config.rope_theta_local if sliding else self.config.rope_theta
-        e, device = self.config.head_width, position_RS.device
-        power = torch.arange(0, e, 2, device=device, dtype=torch.float32) / e
-        angle = position_RS[:, None, :, None].float() * (1 / base**power)  # in the originals' order
-        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        speeds, scale = self.config.rope_local if sliding else self.config.rope
+        angle = position_RS[:, None, :, None].float() * _on_device(speeds, position_RS.device)
+        cos, sin = (angle.cos() * scale).to(self.dtype), (angle.sin() * scale).to(self.dtype)
         window = self.config.window if sliding else seen_RJ.shape[1]
         mask_R1SJ = None
         if window < seen_RJ.shape[1] or position_RS is not seen_RJ:
             query, key = position_RS[:, None, :, None], seen_RJ[:, None, None, :]
             mask_R1SJ = (key <= query) & (key > query - window)
         return _Sight(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1), mask_R1SJ)
+
+
+@cache  # a copy to a GPU waits for all of its work
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -147,12 +147,96 @@ MUTANTS = (
         "torch.cat([sin, -sin], dim=-1)",
         "tests/test_model.py",
     ),
-    # an old key that scales positions is overlooked where the new one stands too
+    # layers without RoPE are turned too
+    Mutant(
+        "minigold/model.py",
+        "        if self.rotary:\n",
+        "        if True:\n",
+        "tests/test_model.py",
+    ),
+    # the scale of YaRN is left out
+    Mutant(
+        "minigold/model.py",
+        "(angle.cos() * scale).to(self.dtype), (angle.sin() * scale)",
+        "angle.cos().to(self.dtype), angle.sin()",
+        "tests/test_model.py",
+    ),
+    # sliding layers turn as full ones do
+    Mutant(
+        "minigold/model.py",
+        "self.config.rope_local if sliding else self.config.rope",
+        "self.config.rope",
+        "tests/test_model.py",
+    ),
+    # the bounds of YaRN change places
+    Mutant(
+        "minigold/rope.py",
+        "for turns in (beta_fast, beta_slow)",
+        "for turns in (beta_slow, beta_fast)",
+        "tests/test_rope.py",
+    ),
+    # the bounds of YaRN are rounded inwards
+    Mutant(
+        "minigold/rope.py",
+        "math.floor(first), math.ceil(last)",
+        "math.ceil(first), math.floor(last)",
+        "tests/test_rope.py",
+    ),
+    # Llama 3: the pairs between are scaled the wrong way round
+    Mutant(
+        "minigold/rope.py",
+        "(1 - kept_P) * plain_P / factor + kept_P * plain_P",
+        "kept_P * plain_P / factor + (1 - kept_P) * plain_P",
+        "tests/test_rope.py",
+    ),
+    # settings of RoPE under the new name and the old one are mixed
     Mutant(
         "minigold/weights.py",
-        'rope = {**rope, **(config.get("rope_scaling") or {})}',
-        'rope = rope or config.get("rope_scaling") or {}',
+        "if (new and old) or not (",
+        "if not (",
         "tests/test_weights.py",
+    ),
+    # the old name scales the sliding layers of Gemma 3 too
+    Mutant(
+        "minigold/weights.py",
+        'if gemma and (new or layers == "sliding_attention"):',
+        "if gemma and new:",
+        "tests/test_model.py",
+    ),
+    # the outer length of the first training is overlooked
+    Mutant(
+        "minigold/weights.py",
+        "places = [config, settings]",
+        "places = [settings, config]",
+        "tests/test_model.py",
+    ),
+    # a factor that is written down gives way to the one of YaRN
+    Mutant(
+        "minigold/weights.py",
+        'if kind == "yarn" and scale is None:',
+        'if kind == "yarn":',
+        "tests/test_model.py",
+    ),
+    # in SmolLM3 the layers with RoPE slide
+    Mutant(
+        "minigold/weights.py",
+        "return not rotary",
+        "return rotary",
+        "tests/test_model.py",
+    ),
+    # Qwen's window starts one layer late
+    Mutant(
+        "minigold/weights.py",
+        "return layer >= first",
+        "return layer > first",
+        "tests/test_model.py",
+    ),
+    # Mistral sees everything
+    Mutant(
+        "minigold/weights.py",
+        "return (sliding,)",
+        "return (full,)",
+        "tests/test_model.py",
     ),
     # templates may change the messages
     Mutant(

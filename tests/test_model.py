@@ -13,6 +13,8 @@ from minigold.model import Decoder, Head
 from minigold.weights import load_decoder
 from tiny_models import (
     FAMILIES,
+    SCALED,
+    SCALINGS,
     hugging_face_model,
     new_decoder,
     raw_config,
@@ -22,7 +24,7 @@ from tiny_models import (
 
 EXACT = 2e-5  # float32, on logits of up to 10
 LOCAL, FULL = "sliding_attention", "full_attention"
-LENGTHS = torch.tensor([3, 1, 7, 5])  # of the prompts; Gemma's window is 4
+LENGTHS = torch.tensor([3, 1, 7, 5])  # of the prompts; windows are 4 tokens
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": raw_config("llama"),
@@ -39,11 +41,42 @@ CASES: dict[str, dict[str, Any]] = {
     "llama rope_scaling that does not scale": raw_config(
         "llama", rope_theta=300.0, rope_scaling={"type": "default"}
     ),
+    "mistral": raw_config("mistral"),
+    "mistral untied": raw_config("mistral", tie_word_embeddings=False, rope_theta=300.0),
+    "mistral without a window": raw_config(
+        "mistral", sliding_window=None, hidden_size=24, head_dim=None
+    ),
+    "mistral with layer_types": raw_config("mistral", layer_types=[LOCAL] * 2),
+    "mistral without biases": raw_config("mistral", attention_bias=True, mlp_bias=True),
+    "smollm3": raw_config("smollm3"),
+    "smollm3 untied": raw_config("smollm3", tie_word_embeddings=False, rope_theta=300.0),
+    "smollm3 biases": raw_config("smollm3", attention_bias=True, mlp_bias=True),
+    "smollm3 no_rope_layer_interval": raw_config(
+        "smollm3", no_rope_layers=None, no_rope_layer_interval=2, num_hidden_layers=3
+    ),
+    "smollm3 with the default interval": raw_config(
+        "smollm3", no_rope_layers=None, num_hidden_layers=4
+    ),
+    "smollm3 with more no_rope_layers": raw_config("smollm3", no_rope_layers=[0, 1, 1]),
+    "smollm3 layer_types": raw_config("smollm3", layer_types=[LOCAL, FULL]),
+    "smollm3 without a window": raw_config("smollm3", use_sliding_window=False),
     "qwen2": raw_config("qwen2", use_sliding_window=False, sliding_window=4),
+    "qwen2 max_window_layers": raw_config(
+        "qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
+    "qwen2 with one window for all": raw_config(
+        "qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0
+    ),
+    "qwen2 with null for the window": raw_config(
+        "qwen2", use_sliding_window=True, sliding_window=None, max_window_layers=0
+    ),
     "qwen2 untied": raw_config("qwen2", tie_word_embeddings=False, rope_theta=300.0),
     "qwen2 with all heads": raw_config("qwen2", num_key_value_heads=None),
     "qwen3": raw_config("qwen3"),
     "qwen3 untied": raw_config("qwen3", tie_word_embeddings=False, layer_types=[FULL] * 2),
+    "qwen3 layer_types": raw_config(
+        "qwen3", use_sliding_window=True, sliding_window=4, layer_types=[LOCAL, FULL]
+    ),
     "qwen3 biases": raw_config("qwen3", attention_bias=True, hidden_act="gelu_pytorch_tanh"),
     "gemma3": raw_config("gemma3_text", query_pre_attn_scalar=11),
     "gemma3 untied, biases": raw_config(
@@ -92,7 +125,68 @@ def test_logits_equal_those_of_transformers(case: str, written: str, tmp_path: P
     assert error <= EXACT
 
 
+def spellings(family: str, scaling: str) -> list[dict[str, Any]]:
+    """RoPE settings as newer and as older versions of `transformers` write them."""
+    old = raw_config(f"{family} {scaling}")
+    settings, theta = old["rope_scaling"], old["rope_theta"]
+    older = {"type" if key == "rope_type" else key: x for key, x in settings.items()}
+    new: dict[str, Any] = {**settings, "rope_theta": theta}
+    if family == "gemma3_text":
+        new = {FULL: new, LOCAL: {"rope_type": "default", "rope_theta": 10000.0}}
+    rest = {key: x for key, x in old.items() if not key.startswith("rope")}
+    both = {**settings, "type": settings["rope_type"], "partial_rotary_factor": 1.0}
+    found = [{**rest, "rope_parameters": new}, old, {**old, "rope_scaling": both}]
+    if family != "gemma3_text":  # there `transformers` 5 overlooks `type`, and we refuse it
+        found.append({**old, "rope_scaling": older})
+    return found
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_scaled_positions_equal_those_of_transformers(
+    family: str, scaling: str, tmp_path: Path
+) -> None:
+    ids_BS = some_ids(3, 31)
+    raw, *others = spellings(family, scaling)
+    model = hugging_face_model(raw)
+    model.save_pretrained(tmp_path)
+    truth_BSV = model(ids_BS).logits
+    for config in (None, raw, *others):
+        if config is not None:
+            assert largest(hugging_face_model(config)(ids_BS).logits - truth_BSV) == 0
+            (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+        decoder = load_decoder(tmp_path)
+        assert largest(decoder.head.logits(decoder(ids_BS)) - truth_BSV) <= EXACT
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope_scaling": {**SCALINGS["yarn"], "truncate": False}},
+    {"rope_scaling": {**SCALINGS["yarn"], "truncate": True, "attention_factor": None}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 12},
+    {"rope_scaling": SCALINGS["yarn"], "original_max_position_embeddings": 7},
+    {"rope_scaling": SCALINGS["llama3"], "original_max_position_embeddings": 7},
+    {"rope_scaling": {**SCALINGS["linear"], "rope_theta": 300.0}},
+])  # fmt: skip
+@torch.no_grad()
+def test_rare_settings_of_positions_are_read_as_transformers_reads_them(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    ids_BS, raw = some_ids(3, 31), raw_config("llama yarn", **changes)
+    model, plain = hugging_face_model(raw), hugging_face_model(raw_config("llama yarn"))
+    model.save_pretrained(tmp_path)
+    truth_BSV = model(ids_BS).logits
+    assert (
+        changes["rope_scaling"].get("truncate") or largest(plain(ids_BS).logits - truth_BSV) > 0.01
+    )
+    for config in (None, raw):
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+        decoder = load_decoder(tmp_path)
+        assert largest(decoder.head.logits(decoder(ids_BS)) - truth_BSV) <= EXACT
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
 @torch.no_grad()
 def test_bfloat16_is_as_near_to_the_truth_as_transformers(family: str, tmp_path: Path) -> None:
     ids_BS, squares, reference_squares = some_ids(3, 17), 0.0, 0.0
@@ -107,7 +201,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_transformers(family: str, tmp_path:
     assert squares <= 1.5 * reference_squares
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
 def test_gradients_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     model = hugging_face_model(raw_config(family))
     model.save_pretrained(tmp_path)
@@ -135,7 +229,7 @@ def test_padding_on_the_right_changes_nothing_before_it(family: str) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
 @torch.no_grad()
 def test_a_cache_changes_nothing(family: str, step: int) -> None:
     """Prompts of different lengths, several tokens a pass, rows that leave, rows that are copied."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minigold.model import Decoder
 from minigold.weights import DEFAULTS, load_decoder, model_config, save_decoder
-from tiny_models import FAMILIES, hugging_face_model, new_decoder, raw_config
+from tiny_models import FAMILIES, SCALED, SCALINGS, hugging_face_model, new_decoder, raw_config
 
 EXACT = 2e-5  # float32, on logits of up to 10
 FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -71,6 +71,8 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(family: str) -> 
     whole = transformers.CONFIG_MAPPING[family](**sizes).to_dict()
     assert model_config({"model_type": family, **sizes}) == model_config(whole)
     kept = {key: whole[key] for key in DEFAULTS[family] if key in whole and key not in sizes}
+    if "use_sliding_window" in whole:  # a window that is off is written as null
+        kept = {key: x for key, x in kept.items() if key != "sliding_window"}
     assert kept.items() <= DEFAULTS[family].items()
 
 
@@ -80,14 +82,27 @@ def test_the_outer_keys_of_nested_gemma_win() -> None:
     assert not model_config({**raw, "tie_word_embeddings": False}).tied
 
 
-SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_a_window_that_the_config_leaves_out_is_that_of_transformers(family: str) -> None:
+    import transformers
+
+    raw = raw_config(family, use_sliding_window=True, max_window_layers=1)
+    raw.pop("sliding_window", None)
+    window = transformers.CONFIG_MAPPING[family].from_dict(raw).sliding_window
+    assert model_config(raw).window == window == 4096
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}
 PLAIN = {"rope_type": "default", "rope_theta": 300.0}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 12}
+LLAMA3 = SCALINGS["llama3"]
+HALF = {"partial_rotary_factor": 0.5}
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"model_type": "mistral"}, "model_type to be one of llama, .*got 'mistral'; "),
+        ("llama", {"model_type": "gpt2"}, "model_type to be one of llama, .*got 'gpt2'; "),
         ("llama", {"model_type": None}, "expected model_type to be one of llama, .*got None; "),
         ("gemma3", {"text_config": None}, "expected an object text_config .*, got None; "),
         ("gemma3", {"text_config": [1]}, r"expected an object text_config .*, got \[1\]; "),
@@ -95,7 +110,8 @@ PLAIN = {"rope_type": "default", "rope_theta": 300.0}
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config off .*dequantize"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping off .*got 50.0"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention off"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window off .* Gemma 3 only"),
+        ("llama", {"is_causal": False}, "expected is_causal true .*got False; only causal"),
+        ("llama", {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config off .*different"),
         ("qwen3", {"attention_dropout": 0.1}, "attention_dropout off .*got 0.1; .*set it to 0"),
         ("llama", {"vocab_size": None}, "positive whole number vocab_size .*got None; "),
         ("llama", {"hidden_size": 0}, "positive whole number hidden_size .*got 0; "),
@@ -112,12 +128,70 @@ PLAIN = {"rope_type": "default", "rope_theta": 300.0}
         ("llama", {"head_dim": 5}, "head_dim even.*, got 4, 2 and 5; "),
         ("llama", {"hidden_act": "relu"}, "hidden_act .* one of silu, .*got 'relu'; "),
         ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation .*got 'gelu'; "),
-        ("llama", {"rope_scaling": SCALED}, "expected rope_type 'default' .*'factor': 2.0"),
-        ("llama", {"rope_scaling": {"type": "dynamic"}}, "expected rope_type 'default' .*dynamic"),
-        ("qwen3", {"rope_parameters": SCALED}, "expected rope_type 'default' .*'factor': 2.0"),
-        ("qwen2", {"rope_parameters": PLAIN, "rope_scaling": SCALED}, "rope_type 'default' "),
-        ("qwen2", {"rope_parameters": PLAIN, "rope_scaling": {"type": "yarn"}}, "on whole heads"),
-        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "on whole heads .*0.5"),
+        ("llama", {"rope_scaling": {"type": "dynamic"}}, "one rope_type out of default, .*dynamic"),
+        ("qwen3", {"rope_parameters": {"rope_type": "longrope"}}, "one rope_type .*other ways to"),
+        ("smollm3", {"rope_scaling": {"rope_type": ["yarn"]}}, r"one rope_type .*\['yarn'\]"),
+        ("qwen3", {"rope_scaling": {**LINEAR, "type": "yarn"}}, "one rope_type .*'type': 'yarn'"),
+        (
+            "llama",
+            {"rope_parameters": PLAIN, "rope_scaling": LINEAR},
+            "one object rope_param.*keep",
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN},
+                "rope_scaling": LINEAR,
+            },
+            "one object rope_parameters or rope_scaling in",
+        ),
+        ("llama", {"rope_scaling": "linear"}, "one object .*got {} and 'linear'; keep the one"),
+        ("llama", {"rope_parameters": [1]}, r"one object .*got \[1\] and {}; keep the one"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "name it rope_type"),
+        ("gemma3_text", {"rope_scaling": {"full_attention": LINEAR}}, "rope_parameters for full_"),
+        ("llama", {"rope_parameters": HALF}, "partial_rotary_factor 1 in .*got 0.5; only whole"),
+        ("qwen2", HALF, "partial_rotary_factor 1 in config.json, got 0.5; only whole heads"),
+        (
+            "llama",
+            {"rope_scaling": {**PLAIN, "factor": 2.0}},
+            "no settings .*'default' .*got factor",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {**YARN, "a": 1, "b": 2}},
+            "no settings of .*got a, b; take out",
+        ),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "a positive number factor .*got None; "),
+        ("llama", {"rope_scaling": {**LINEAR, "factor": 0}}, "a positive number factor .*got 0; "),
+        ("llama", {"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "number low_freq_factor "),
+        ("llama", {"rope_scaling": {**LLAMA3, "high_freq_factor": 0.4}}, "high_freq_factor above"),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 0},
+            "whole .*got 0; ",
+        ),
+        ("llama", {"rope_scaling": {**YARN, "original_max_position_embeddings": 1.5}}, "got 1.5; "),
+        (
+            "llama",
+            {"rope_scaling": {**YARN, "attention_factor": -1}},
+            "number attention_factor .*-1",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {**YARN, "beta_fast": 0.5}},
+            "beta_fast to be at least beta_slow",
+        ),
+        ("llama", {"rope_scaling": {**YARN, "mscale": 1.0}}, "both mscale and mscale_all_dim or"),
+        (
+            "llama",
+            {"rope_scaling": {**YARN, "truncate": None}},
+            "truncate true or false .*got None",
+        ),
+        (
+            "gemma3_text",
+            {"rope_scaling": {**YARN, "truncate": False}},
+            "truncate true in .*got False",
+        ),
         ("gemma3_text", {"rope_parameters": PLAIN}, "rope_parameters for full_attention in"),
         (
             "gemma3_text",
@@ -126,8 +200,8 @@ PLAIN = {"rope_type": "default", "rope_theta": 300.0}
         ),
         (
             "gemma3_text",
-            {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": SCALED}},
-            "expected rope_type 'default' .*'factor': 2.0",
+            {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": {"type": "su"}}},
+            "expected one rope_type out of .*'type': 'su'",
         ),
         (
             "qwen3",
@@ -135,6 +209,20 @@ PLAIN = {"rope_type": "default", "rope_theta": 300.0}
             "expected rope_parameters of all layers in config.json, got {'full_attention'",
         ),
         ("llama", {"layer_types": ["full_attention"]}, "expected 2 layer_types out of full_att"),
+        ("llama", {"layer_types": 2}, "expected 2 layer_types out of full_attention in .*got 2; "),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "2 layer_types out of sliding_attent"),
+        ("mistral", {"sliding_window": 0}, "positive whole number sliding_window .*got 0; "),
+        (
+            "smollm3",
+            {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False},
+            "2 layer_types out of full_attention in .*as its sliding_window and use_sliding_window",
+        ),
+        ("smollm3", {"no_rope_layers": [1]}, r"for each of 2 layers, got \[1\]; download"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, r"no_rope_layers in .*got \[1, 2\]; "),
+        ("smollm3", {"no_rope_layers": 1}, "no_rope_layers in .*got 1; "),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "interval .*got 0; "),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}, "0 or above, .*got -1; "),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": None}, "above, .*got None; "),
         (
             "qwen2",
             {"layer_types": ["full_attention", "sliding_attention"]},
@@ -327,7 +415,7 @@ def test_what_is_missing_is_named(missing: str, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------- writing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"])
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED, "gemma3", "gemma3 yarn"])
 @torch.no_grad()
 def test_what_is_saved_loads_again_here_and_in_transformers(
     family: str, tied: bool, dtype: torch.dtype, tmp_path: Path
@@ -342,6 +430,8 @@ def test_what_is_saved_loads_again_here_and_in_transformers(
     assert_same_weights(load_decoder(folder, dtype=dtype), decoder)
     assert transformers.AutoConfig.from_pretrained(folder).dtype == dtype
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before, after = (transformers.AutoConfig.from_pretrained(x) for x in (source, folder))
+    assert after.rope_parameters == before.get_text_config().rope_parameters
     error = (decoder.float().head.logits(decoder(IDS_BS)) - model(IDS_BS).logits).abs().max()
     assert error <= EXACT
 

@@ -13,7 +13,21 @@ from minigold.load import LanguageModel
 from minigold.model import Decoder, ModelConfig
 from minigold.weights import model_config
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+FAMILIES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma3_text")
+# RoPE for texts of more than 12 tokens: `raw_config("llama yarn")`. With heads of 16 and a base of
+# 50 each type has pairs that it keeps, that it slows down, and that lie between.
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 0.5, "high_freq_factor": 1.5,
+               "original_max_position_embeddings": 12},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12,
+             "beta_fast": 1.5, "beta_slow": 0.3},
+    "yarn-mscale": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 12,
+                    "mscale": 1.3, "mscale_all_dim": 0.6, "beta_fast": 2, "beta_slow": 0.1},
+    "yarn-attention_factor": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.7,
+                              "original_max_position_embeddings": 12},
+}  # fmt: skip
+SCALED = ("llama llama3", "smollm3 yarn", "mistral yarn-mscale", "gemma3_text linear")  # some
 SHARED: dict[str, Any] = {
     "hidden_size": 20,
     "intermediate_size": 24,
@@ -27,7 +41,13 @@ SHARED: dict[str, Any] = {
 
 
 def raw_config(family: str, vocab_size: int = 41, **changes: Any) -> dict[str, Any]:
-    """The object of a config.json; `gemma3` is the text model nested beside one for images."""
+    """The object of a config.json; `gemma3` is the text model nested beside one for images.
+
+    A word behind the family is one of `SCALINGS`.
+    """
+    family, _, scaling = family.partition(" ")
+    if scaling:
+        changes = {"head_dim": 16, "rope_theta": 50.0, "rope_scaling": SCALINGS[scaling], **changes}
     if family == "gemma3":
         return {
             "model_type": family,
@@ -44,6 +64,11 @@ def raw_config(family: str, vocab_size: int = 41, **changes: Any) -> dict[str, A
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 6,
         }
+    if family == "mistral":
+        raw |= {"sliding_window": 4}
+    if family == "smollm3":  # the layer without RoPE slides
+        raw |= {"sliding_window": 4, "use_sliding_window": True, "no_rope_layers": [1, 0],
+                "pad_token_id": 0}  # fmt: skip
     return {**raw, **changes}
 
 

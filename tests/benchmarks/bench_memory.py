@@ -90,7 +90,7 @@ def in_process(*words: object) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures the loss's peak memory.")
     parser.add_argument("--positions", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--softcap", type=float, help="squeeze all logits into (-S, S), as Gemma 2")
     parser.add_argument("--dense", action="store_true", help="with all logits held, too")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
