@@ -76,7 +76,10 @@ def distill(
     student.decoder.requires_grad_(True)
     teacher.decoder.eval()
     optimizer = torch.optim.AdamW(
-        student.decoder.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        student.decoder.parameters(),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        fused=student.decoder.device.type in ("cpu", "cuda"),
     )
     history = []
     batches = batches_of(prompts, config)
