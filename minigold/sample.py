@@ -90,10 +90,7 @@ def warp(logits_BV: Tensor, *, temperature: float, top_p: float = 1.0, top_k: in
 
 
 def _draw(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution, which need not be normalized.
-
-    First of the blocks of `BLOCK` tokens, then in the block that was found.
-    """
+    """Inverse of the cumulative sum, first by blocks of tokens; rows need not be normalized."""
     exact = torch.float32 if prob_BV.device.type == "mps" else torch.float64
     filled = torch.nn.functional.pad(prob_BV, (0, -prob_BV.shape[-1] % BLOCK))
     block_BXK = filled.unflatten(-1, (-1, BLOCK))
@@ -102,8 +99,7 @@ def _draw(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
     point_B1 = uniform_B.to(exact)[:, None] * upto_BX[:, -1:]
     found_B1 = torch.searchsorted(upto_BX, point_B1, right=True).clamp(max=upto_BX.shape[1] - 1)
     inside_B1 = (point_B1 - upto_BX.gather(1, found_B1)) / mass_BX.gather(1, found_B1) + 1
-    every_B = torch.arange(len(prob_BV), device=prob_BV.device)
-    within_BK = block_BXK[every_B, found_B1[:, 0]].to(exact).cumsum(-1)
+    within_BK = block_BXK.take_along_dim(found_B1[:, :, None], 1)[:, 0].to(exact).cumsum(-1)
     inside_B1 = within_BK[:, -1:] * inside_B1.clamp(0, 1 - 4 * torch.finfo(exact).eps)
     ids_B1 = found_B1 * BLOCK + torch.searchsorted(within_BK, inside_B1, right=True)
     return ids_B1[:, 0].clamp(max=prob_BV.shape[-1] - 1)  # for what is not a number
@@ -234,9 +230,9 @@ def _completions(
     for i, stops_L in enumerate(torch.isin(ids_RL, stops)):
         first = stops_L.nonzero()[:1, 0].tolist()
         n = first[0] + 1 if first else len(stops_L)
-        ids, logp_S = ids_RL[i, :n].tolist(), logp_RL[i, :n].clone()
         values_SK = None if values_RLK is None else values_RLK[i, :n].clone()
-        found.append(Completion(ids, logp_S, bool(first), values_SK))
+        one = Completion(ids_RL[i, :n].tolist(), logp_RL[i, :n].clone(), bool(first), values_SK)
+        found.append(one)
     return found
 
 
