@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in, the student's own answers with their log-probabilities out.
 
-Batched decoding with a KV cache over prompts of different lengths. Equal prompts are read once; rows
-that end leave the batch. Every row has its own random stream, so its draw does not depend on the
-rows beside it, up to the rounding of matrix products of another size.
+Batched decoding with a KV cache. Equal prompts are read once; rows that end leave the batch. Every
+row has its own random stream: what is beside it changes its products' rounding and nothing else.
 The log-probabilities are the policy's own, before temperature, top-p and top-k.
 """
 
