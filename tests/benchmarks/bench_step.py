@@ -22,7 +22,8 @@ The whole step: each run is a process of its own. A step lasts from the end of t
 own end; the first one does not count. Memory is the peak of the resident set in a second step less
 what is resident after the first optimizer step, when weights, gradients, optimizer state and the
 libraries are there (Linux). It has runs of its own, in which the allocator gives back what is freed
-(slower, so their time is not used): else it keeps some hundred MiB, now more, now less. Equal:
+(slower, so their time is not used): else it keeps some hundred MiB, now more, now less. CPU seconds
+stand beside: they tell how much of the difference was other programs. Equal on both sides:
 
 - the models, in float32; prompts, the same every step: SmolLM2's chat template, filled, is a plain
   prompt for the student and for the teacher, as TRL gives it to its teacher;
@@ -32,9 +33,8 @@ libraries are there (Linux). It has runs of its own, in which the allocator give
 - one batch of `--prompts` rows in one forward pass; sampling at temperature 1 without top-p and
   top-k; beta 0.5; AdamW without weight decay, the gradient clipped to norm 1.
 
-Set on TRL's side, in its favour: no bfloat16 and no gradient checkpointing (both its defaults; both
-are slower on a CPU, and float32 is what minigold has there), no top-p (default 0.95: a sort each
-token), on-policy alone (lmbda 1), no logs, reports, files or progress bars, no dataloader workers,
+Set on TRL's side: no bfloat16 (its default; minigold has float32 on a CPU), no gradient checkpointing
+(its default; a second forward pass), no top-p (default 0.95: a sort each token), on-policy alone (lmbda 1), no logs, reports, files or progress bars, no dataloader workers,
 one generation a prompt, tokenization of the dataset before the clock starts. Kept: the fused AdamW
 of `transformers`, scaled dot product attention. The loss is the hybrid one, with
 `use_uld_loss=True, uld_use_hybrid_loss=True`; both are off by default, and TRL asks for the first
@@ -87,7 +87,7 @@ PARTS = ("sample", "passes", "pair", "step")
 SIDES = ("all", "masked", "trl")
 STAGES = ("sampling", "teacher", "student forward", "loss", "backward", "optimizer", "rest")
 REAL_SHARE = 0.52  # of chunks that the default mask trains where Gemma teaches SmolLM2
-LR = 1e-9  # weights stay what they are, so all processes sample the same
+LR = 1e-15  # all processes sample the same; far less is slow, as updates are subnormal then
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed, at once
 Figures = dict[str, float]
 Turns = dict[str, list[float]]
@@ -401,7 +401,7 @@ def of_sampling(new: int, turns: int) -> Figures:
     n_weights = sum(p.numel() for p in model.decoder.parameters())
     weights = torch.ones(n_weights)
     read = median(in_turns(7, read=weights.sum)["read"])
-    figures: Figures = {"sample read GB/s": 4e-9 * n_weights / read, "sample floor s/token": read}
+    figures: Figures = {"sample read GB/s": 4e-9 * n_weights / read, "sample floor s/step": read}
     ratios = {}
     for batch in (1, 8, 32):
         generator = torch.Generator().manual_seed(0)
