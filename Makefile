@@ -24,7 +24,7 @@ examples:  ## two real models, both ways: 350 MB once, minutes (new folders unde
 	$(PYTHON) examples/real_pair.py --out runs/smollm2-to-gemma
 	$(PYTHON) examples/real_pair.py --out runs/gemma-to-smollm2 --swap
 
-bench:     ## what a step of the two real models costs on this machine: minutes
+bench:     ## a whole step beside TRL, sampling and passes beside transformers: half an hour
 	OMP_WAIT_POLICY=PASSIVE $(PYTHON) tests/benchmarks/bench_step.py
 
 bench-align: ## what spans, chunks and matching cost: minutes
