@@ -33,7 +33,7 @@ from minigold.pair import Pair, make_pair
 from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
 from minigold.weights import save_decoder
 
-__all__ = ["Config", "Step", "distill"]
+__all__ = ["Config", "Step", "check_prompts", "distill"]
 
 log = logging.getLogger("minigold")
 
@@ -69,7 +69,7 @@ def distill(
     """
     config = config or Config()
     pair = make_pair(student, teacher, events=config.events)
-    _check_prompts(prompts, pair, config)
+    check_prompts(prompts, pair, config)
     if out is not None:
         _open_run(out, pair, config)
     student.decoder.train()
@@ -159,7 +159,12 @@ def take_step(
     return Step({"step": number, **numbers, **extra}, rollouts, accepted, trained)
 
 
-def _check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
+def check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
+    """Refuses prompts that a run with these models and settings could not read.
+
+    Raises:
+        ValueError: none at all, one that is too long, or that a side cannot read as it is.
+    """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
     if config.lmbda < 1 and not any(p.completion is not None for p in prompts):

@@ -47,15 +47,16 @@ def in_turns(n: int, **runs: Callable[[], object]) -> Figures:
     return {name: median(turn[name] for turn in turns[1:]) for name in runs}
 
 
-def peak_mib(run: Callable[[], object]) -> float:
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+def status_kib(key: str) -> int:
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
+
+def peak_mib(run: Callable[[], object]) -> float:
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak so far is forgotten
-    before = status("VmRSS")
+    before = status_kib("VmRSS")
     run()
-    return (status("VmHWM") - before) / 1024
+    return (status_kib("VmHWM") - before) / 1024
 
 
 def of_steps(pair: Pair, config: mg.Config) -> tuple[Figures, list[Rollout]]:
