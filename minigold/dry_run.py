@@ -138,11 +138,13 @@ def _text(prompt: str | list[Message]) -> str:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Operations a second in products of matrices of this type, bytes a second read; the best seen.
 
-    In less than a second or two, with some 100 MB of memory.
+    In less than a second, with 70 MB of memory, on a GPU 370.
     """
     side = 4096 if device.type == "cuda" else 768
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    long = torch.zeros(2**24 if device.type == "cpu" else 2**26, device=device)
+    long = torch.ones(
+        2**24 if device.type == "cpu" else 2**26, device=device
+    )  # zeros may share a page
 
     def best(run: Callable[[], Any]) -> float:
         stop, fastest = time.perf_counter() + SECONDS, float("inf")

@@ -211,6 +211,9 @@ def test_memory_grows_with_what_it_is_made_of() -> None:
     def of(stage: str, **changes: Any) -> dict[str, int]:
         return cost.memory(sizes(**changes))[stage]
 
+    own = sizes().student
+    kept = 2 * own.n_layers * 6 * (9 + 13) * own.n_kv_heads * own.head_width
+    assert of("sampling")["KV cache"] == 4 * kept
     assert of("sampling", rows=12)["KV cache"] == 2 * of("sampling")["KV cache"]
     twice = of("sampling", prompt=18, completion=26)
     assert twice["KV cache"] == 2 * of("sampling")["KV cache"]
@@ -226,6 +229,30 @@ def test_memory_grows_with_what_it_is_made_of() -> None:
     stage, parts = cost.peak(sizes())
     assert sum(parts.values()) == max(sum(p.values()) for p in cost.memory(sizes()).values())
     assert cost.memory(sizes())[stage] == parts
+
+
+@pytest.mark.parametrize(
+    ("tied", "padding", "passes", "tables"),
+    [
+        (True, 0, 1, 1),
+        (True, 0, 2, 2),
+        (True, 1, 1, 2),
+        (True, 1, 2, 3),
+        (False, 0, 1, 0),
+    ],
+)
+def test_gradients_of_the_tables_beside_those_of_all_weights(
+    tied: bool, padding: int, passes: int, tables: int
+) -> None:
+    """Each use of a table has a gradient of its own until the two are added."""
+    config = model_config(raw_config("llama", 9000, tie_word_embeddings=tied))
+    one = sizes(
+        student=config, student_ids=9000 - padding, rows=2, micro_batch=2 // passes, prompt=1,
+        completion=1, chunks=2, head_rows=2, n_events=4,
+    )  # fmt: skip
+    found = cost.memory(one)["training"]
+    assert found["tables' gradients"] == tables * 4 * 9000 * config.width
+    assert found["gradients"] == 4 * cost.parameters(config)
 
 
 def test_packed_matrices_are_counted_where_they_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,3 +314,12 @@ def test_what_is_told_holds_the_figures() -> None:
     shown = [float(x) for x in re.findall(r"^ +([\d.]+) GiB ", text, re.MULTILINE)]
     assert len(shown) == dry_run.PARTS_SHOWN + 1
     assert sum(shown) == pytest.approx(found["peak_memory_gib"], abs=0.004)
+
+
+def test_the_lines_that_the_page_names_are_in_the_code() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "performance.md").read_text("utf-8")
+    code = " ".join((root / "minigold" / "cost.py").read_text("utf-8").split())
+    rows = re.findall(r"^\| .* \| `(.+)` \|$", page, re.MULTILINE)
+    assert len(rows) == 19
+    assert [row for row in rows if " ".join(row.split()) not in code] == []

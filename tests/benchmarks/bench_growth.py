@@ -125,7 +125,7 @@ def warm_up(tokenizers: Any, events: Any, config: mg.Config, prompts: list[Promp
     train.take_step(Pair(*models, events), optimizer, prompts, few, number=1)
 
 
-def one_run(batch: int, new: int, vocabulary: int, width: int, family: str, layers: int = 6,
+def one_run(batch: int, new: int, vocabulary: int, width: int, family: str = "llama", layers: int = 4,
             micro_batch: int = 8, padding: int = 0, where: str = "all") -> Figures:  # fmt: skip
     torch.manual_seed(0)
     tokenizers = tokenizer_of(vocabulary, LETTERS), tokenizer_of(vocabulary, LETTERS[::-1])
