@@ -1,6 +1,6 @@
 # Every target runs in the active virtual environment, except `all`, which makes its own.
 PYTHON ?= python
-.PHONY: setup format check test cov examples bench bench-align bench-loss size mutants nightly all
+.PHONY: setup format check test cov examples bench bench-align bench-loss bench-growth size mutants nightly all
 
 setup:     ## what the other targets need
 	$(PYTHON) -m pip install -c tests/constraints.txt -e ".[test]"
@@ -34,6 +34,9 @@ bench-loss: ## the loss beside TRL's, its memory, and what masks save: an hour
 	OMP_WAIT_POLICY=PASSIVE $(PYTHON) tests/benchmarks/bench_loss.py --trl
 	OMP_NUM_THREADS=1 $(PYTHON) tests/benchmarks/bench_memory.py
 	OMP_WAIT_POLICY=PASSIVE $(PYTHON) tests/benchmarks/bench_masks.py
+
+bench-growth: ## time and memory as a run grows, beside the model of both: ten minutes
+	OMP_NUM_THREADS=1 $(PYTHON) tests/benchmarks/bench_growth.py
 
 size:      ## code lines of each module, without blank lines and comments
 	@for f in minigold/*.py; do printf '%5d %s\n' "$$(grep -cvE '^\s*(#.*)?$$' $$f)" "$$f"; done | sort -n

@@ -16,6 +16,8 @@ Read the files in the order of the data; each imports only from files above it:
     masked      rollouts -> the chunks to train, and the gradient there
     metrics     what a step did, in numbers
     train       everything -> steps, metrics, a trained student
+    cost        the sizes of a run -> parameters, bytes, operations
+    dry_run     two models without weights and prompts -> what a run would cost
     compare     two tokenizers and a text -> how their tokens line up
     picture, page    the same, drawn for a terminal and for a browser
     demo, cli   the demo and the command line
@@ -58,7 +60,7 @@ __version__ = "0.1.0"
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "model", "sample", "teacher", "disagree", "loss", "config",
     "data", "chat", "rope", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
-    "train", "compare", "picture", "page", "demo_task", "demo", "cli",
+    "train", "cost", "dry_run", "compare", "picture", "page", "demo_task", "demo", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

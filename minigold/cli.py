@@ -29,6 +29,7 @@ from minigold.compare import (
 )
 from minigold.config import NOT_BUILT, Config, option_name
 from minigold.data import check_target, read_prompts, write_whole
+from minigold.dry_run import estimate, told
 from minigold.load import load, read_tokenizer, resolve
 from minigold.page import page
 from minigold.pair import check_student
@@ -131,6 +132,9 @@ def _train_options(commands: Any) -> None:
                        help="auto (cuda, else mps, else cpu) or one of them (default auto)")  # fmt: skip
     train.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                        help="of the teacher; auto is bfloat16 on cuda, else float32 (default auto)")  # fmt: skip
+    train.add_argument("--dry-run", action="store_true", help=(
+        "check all that is given, say what a step would need (parameters, memory, operations and "
+        "time), and stop: no weight is read, nothing is written (default False)"))  # fmt: skip
     train.add_argument("--plain-prompt", action="store_true",
                        help="both sides without a template (default False)")  # fmt: skip
     for f in fields(Config):
@@ -173,11 +177,15 @@ def _train(args: argparse.Namespace) -> None:
     config = Config(**values)
     device = find_device(args.device)
     prompts = read_prompts(args.prompts)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        kind = "which is not empty" if args.out.is_dir() else "which is a file"
-        raise ValueError(f"expected --out to be a new or empty folder, got {args.out}, {kind}")
+    _check_out(args.out)
+    dtype = find_dtype(args.dtype, device)
+    if args.dry_run:
+        pair = load(args.student, device="meta"), load(args.teacher, device="meta", dtype=dtype)
+        found = estimate(*pair, prompts, config, device=device, dtype=dtype)
+        print(told(found), json.dumps(found), sep="\n")
+        return
     student = load(args.student, device=device)
-    teacher = load(args.teacher, device=device, dtype=find_dtype(args.dtype, device))
+    teacher = load(args.teacher, device=device, dtype=dtype)
 
     def show(step: Step) -> None:
         if step.metrics["step"] % config.log_every == 0:
@@ -185,6 +193,16 @@ def _train(args: argparse.Namespace) -> None:
 
     history = distill(student, teacher, prompts, config, out=args.out, on_step=show)
     print(json.dumps({"out": str(args.out), **history[-1]}))
+
+
+def _check_out(out: Path) -> None:
+    """Refuses a folder that is there and not empty, and what can be no folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        kind = "which is not empty" if out.is_dir() else "which is a file"
+        raise ValueError(f"expected --out to be a new or empty folder, got {out}, {kind}")
+    found = next((one for one in out.absolute().parents if one.exists()), out.parent)
+    if not found.is_dir():
+        raise ValueError(f"expected --out to be in a folder, got {out}, but {found.name} is a file")
 
 
 def _align(args: argparse.Namespace) -> None:

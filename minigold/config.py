@@ -18,7 +18,6 @@ NOT_BUILT = {  # options and values of the design that this version does not hav
     "--save-every": "checkpoints during training",
     "--keep": "checkpoints during training",
     "--patience": "recovery from failed steps",
-    "--dry-run": "the cost estimate",
     "--config": "TOML configuration files",
 }
 

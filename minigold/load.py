@@ -66,6 +66,9 @@ def load(
     A tokenizer with more ids than the embedding has rows is warned about (logger `minigold`);
     the ids beyond are not used.
 
+    Args:
+        device: `meta` reads all but the weights.
+
     Raises:
         FileNotFoundError: no such folder or hub name, or a file is missing in it.
         ValueError: a file that cannot be read or used, or no id that ends an answer.

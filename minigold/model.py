@@ -61,6 +61,10 @@ class ModelConfig:
     mlp_bias: bool
 
     @property
+    def n_layers(self) -> int:
+        return len(self.sliding)
+
+    @property
     def is_gemma(self) -> bool:
         return self.family == "gemma3_text"
 

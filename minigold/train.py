@@ -33,7 +33,7 @@ from minigold.pair import Pair, make_pair
 from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
 from minigold.weights import save_decoder
 
-__all__ = ["Config", "Step", "distill"]
+__all__ = ["Config", "Step", "check_prompts", "distill"]
 
 log = logging.getLogger("minigold")
 
@@ -69,18 +69,13 @@ def distill(
     """
     config = config or Config()
     pair = make_pair(student, teacher, events=config.events)
-    _check_prompts(prompts, pair, config)
+    check_prompts(prompts, pair, config)
     if out is not None:
         _open_run(out, pair, config)
     student.decoder.train()
     student.decoder.requires_grad_(True)
     teacher.decoder.eval()
-    optimizer = torch.optim.AdamW(
-        student.decoder.parameters(),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        fused=student.decoder.device.type in ("cpu", "cuda"),
-    )
+    optimizer = adamw(student.decoder, config)
     history = []
     batches = batches_of(prompts, config)
     for number in range(1, config.steps + 1):
@@ -117,6 +112,15 @@ def batches_of(prompts: Sequence[Prompt], config: Config) -> Iterator[list[Promp
             epoch += 1
         yield queue[: config.batch_size]
         del queue[: config.batch_size]
+
+
+def adamw(decoder: torch.nn.Module, config: Config) -> torch.optim.AdamW:
+    """One pass over weights and moments where the device has a kernel for it."""
+    parameters = list(decoder.parameters())
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused
+    )
 
 
 def take_step(
@@ -162,7 +166,12 @@ def take_step(
     return Step({"step": number, **numbers, **extra}, rollouts, accepted, trained)
 
 
-def _check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
+def check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
+    """Refuses prompts that a run with these models and settings could not read.
+
+    Raises:
+        ValueError: none at all, one that is too long, or that a side cannot read as it is.
+    """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
     if config.lmbda < 1 and not any(p.completion is not None for p in prompts):

@@ -323,6 +323,8 @@ def load_decoder(
 ) -> Decoder:
     """Reads config.json and model.safetensors, or the shards that its index names.
 
+    On the device `meta` names, shapes and types are checked alike, but no weight is read.
+
     Raises:
         FileNotFoundError: the folder, config.json, the weights or a shard are missing.
         ValueError: a file that cannot be read, an architecture that is not built in, or tensors
@@ -399,16 +401,21 @@ def _weight_files(folder: Path) -> list[Path]:
 def _tensors(
     path: Path, *, device: torch.device | str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
+    shapes_only = torch.device(device).type == "meta"
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device="cpu" if shapes_only else str(device)) as file:
             for name in file.keys():  # noqa: SIM118 (a file is no dict)
-                kind = file.get_slice(name).get_dtype()
+                part = file.get_slice(name)
+                kind = part.get_dtype()
                 if kind not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(
                         f"expected float tensors, got {name} of type {kind} in {path}; "
                         "dequantize the weights first"
                     )
-                yield name, file.get_tensor(name).to(dtype)
+                if shapes_only:
+                    yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
+                else:
+                    yield name, file.get_tensor(name).to(dtype)
     except SafetensorError as error:
         raise ValueError(
             f"expected a whole safetensors file {path}, got {error}; download it again"
@@ -431,6 +438,8 @@ def _drop_repeated_head(found: dict[str, Tensor], folder: Path) -> None:
     """A tied head may be stored all the same; then it must repeat the embedding."""
     head = found.pop("lm_head.weight", None)
     embedding = found.get("model.embed_tokens.weight")
+    if head is not None and head.is_meta:
+        return
     if head is not None and (embedding is None or not torch.equal(head, embedding)):
         raise ValueError(
             f"expected lm_head.weight in {folder} to equal the embedding, as tie_word_embeddings "

@@ -468,6 +468,69 @@ MUTANTS = (
         "weight = 1 / max(n_chunks, 1)",
         "tests/test_train.py",
     ),
+    # a layer keeps three tensors of the MLP's width, not four
+    Mutant(
+        "minigold/cost.py",
+        "2 * d + 2 * q + 2 * k + 4 * m",
+        "2 * d + 2 * q + 2 * k + 3 * m",
+        "tests/test_cost.py",
+    ),
+    # the masks of sliding layers are forgotten
+    Mutant(
+        "minigold/cost.py",
+        "once += sliding * length**2 * WIDE + length**2",
+        "once += 0",
+        "tests/test_cost.py",
+    ),
+    # norms of heads have no weights
+    Mutant(
+        "minigold/cost.py",
+        'return config.family in ("qwen3", "gemma3_text")',
+        'return config.family in ("gemma3_text",)',
+        "tests/test_cost.py",
+    ),
+    # attention's backward pass makes no scores again
+    Mutant(
+        "minigold/cost.py",
+        "layers += 14 * _queries(c)",
+        "layers += 12 * _queries(c)",
+        "tests/test_cost.py",
+    ),
+    # AdamW has one moment
+    Mutant("minigold/cost.py", '"AdamW": 2 * WIDE * n', '"AdamW": WIDE * n', "tests/test_cost.py"),
+    # the gradients are gone while sampling
+    Mutant(
+        "minigold/cost.py",
+        '"gradients": WIDE * parameters(c),  # until',
+        '"gradients": 0,  # until',
+        "tests/test_cost.py",
+    ),
+    # keys alone are cached
+    Mutant(
+        "minigold/cost.py",
+        "cached = 2 * c.n_layers",
+        "cached = c.n_layers",
+        "tests/test_cost.py",
+    ),
+    # only the teacher reads the prompt again
+    Mutant(
+        "minigold/cost.py", "seen = steps * s.prompt + steps", "seen = steps", "tests/test_cost.py"
+    ),
+    # what the activations of a pass take is forgotten
+    Mutant(
+        "minigold/cost.py", '"activations": activations,', '"activations": 0,', "tests/test_cost.py"
+    ),
+    # a padded table's slice costs nothing
+    Mutant(
+        "minigold/cost.py",
+        "tables = bool(before) + c.tied * (1 + bool(padded))",
+        "tables = 0",
+        "tests/test_cost.py",
+    ),
+    # the dry run reads the weights
+    Mutant("minigold/weights.py", "if shapes_only:\n", "if False:\n", "tests/test_cli.py"),
+    # a run may be asked for below a file
+    Mutant("minigold/cli.py", "if not found.is_dir():", "if False:", "tests/test_cli.py"),
 )
 
 

@@ -186,7 +186,7 @@ PLAIN: dict[str, Any] = {"plain_prompt": None}
         (PLAIN, "line 2, student: expected text for .*student with --plain-prompt, got 1 messages"),
         ({"out": "full"}, "expected --out to be a new or empty folder, got full, which is not empty"),
         ({"out": "prompts.jsonl"}, "a new or empty folder, got prompts.jsonl, which is a file"),
-        ({"out": "prompts.jsonl/run"}, "Not a directory"),
+        ({"out": "prompts.jsonl/run"}, "to be in a folder, got prompts.jsonl/run, but prompts.jsonl is"),
         ({"device": "abacus"}, "expected --device auto, cuda, mps or cpu on this machine, got 'abac"),
         ({"device": "meta"}, "expected --device auto, cuda, mps or cpu on this machine, got 'meta'"),
         ({"device": "cuda:99"}, "on this machine, got 'cuda:99'"),
@@ -194,11 +194,16 @@ PLAIN: dict[str, Any] = {"plain_prompt": None}
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )  # fmt: skip
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(
-    work: Path, changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+    work: Path,
+    changes: dict[str, str],
+    message: str,
+    more: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(work)
-    refused(work, command(work, **changes), message)
+    refused(work, command(work, *more, **changes), message)
 
 
 def test_ids_beyond_the_embedding_are_warned_about_first(
@@ -461,6 +466,43 @@ def test_plain_prompt_means_both_sides(work: Path, tmp_path: Path) -> None:
 def test_an_empty_folder_will_do(work: Path, tmp_path: Path) -> None:
     assert run(*command(work, out=tmp_path, teacher=work / "student")).code == 0
     assert (tmp_path / "final" / "model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------ the dry run
+def test_a_dry_run_tells_what_a_step_needs_and_writes_nothing(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files_of(work)
+    monkeypatch.setattr("minigold.cli.distill", partial(raises, AssertionError("trained")))
+    more = ("--dry-run", "--batch-size", "3", "--rollouts", "2")
+    code, out, err = run(*command(work, *more, out=work / "new" / "run"))
+    assert (code, err) == (0, "")
+    *lines, last = out.splitlines()
+    found = json.loads(last)
+    for name in ("student", "teacher"):
+        n = sum(p.numel() for p in load(work / name).decoder.parameters())
+        assert found[f"{name}_parameters"] == n
+        assert any(line.startswith(name) and f"{n:,} parameters" in line for line in lines)
+    assert (found["prompts"], found["rows"], found["student_tokens"]) == (3, 6, 24)
+    assert found["prompt_tokens"] > found["longest_prompt"] > 0
+    assert found["peak_memory_gib"] == max(found["memory_gib"].values()) > 0
+    assert min(found["floor_seconds"].values()) > 0
+    assert files_of(work) == before
+
+
+def test_a_dry_run_reads_no_weights(work: Path, tmp_path: Path) -> None:
+    for name in ("student", "teacher"):
+        shutil.copytree(work / name, tmp_path / name)
+        path = tmp_path / name / "model.safetensors"
+        data = path.read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(data[:header] + bytes(len(data) - header))  # names and shapes as before
+    names = {name: tmp_path / name for name in ("student", "teacher")}
+    blank, whole = (run(*command(work, "--dry-run", **one)) for one in (names, {}))
+    assert blank.code == whole.code == 0
+    first, second = (json.loads(done.out.splitlines()[-1]) for done in (blank, whole))
+    same = ("peak_parts_gib", "operations", "bytes", "student_parameters")
+    assert [first[key] for key in same] == [second[key] for key in same]
 
 
 # --------------------------------------------------------------------------------- the rest

@@ -181,9 +181,12 @@ def test_what_is_not_chosen_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
     train_pass(pair, rollouts, chosen, settings("all", micro_batch=100))
     decoder.zero_grad(set_to_none=True)
-    lengths = [n_inputs(r, mask) for r, mask in zip(rollouts, chosen, strict=True)]
-    assert lengths[0] == 0
-    assert read == [(len(rollouts) - 1, max(lengths))]
+    assert n_inputs(rollouts[0], chosen[0]) == 0
+    longest = max(  # the state after a token predicts the next one: the last one is not read
+        len(r.answer.prompt_ids) + int(r.chunks.s1[1] - 1 if r.observed_C[1] else r.chunks.s0[1])
+        for r in rollouts[1:]
+    )
+    assert read == [(len(rollouts) - 1, longest)]
     rows = [
         (r.chunks.s1[1] - r.chunks.s0[1] if r.observed_C[1] else 1) + (r.student_stay_C[1] < -1e-3)
         for r in rollouts[1:]
