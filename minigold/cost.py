@@ -17,7 +17,7 @@ from math import ceil
 from typing import NamedTuple
 
 from minigold.model import ModelConfig
-from minigold.sample import AT_ONCE
+from minigold.sample import AT_ONCE, LOOK
 
 __all__ = [
     "Rates",
@@ -171,10 +171,10 @@ def _layer_bytes(config: ModelConfig, tokens: int, size: int) -> int:
     """Bytes of a layer that passes without gradients, at its fullest.
 
     The MLP: the residual three times, what the norm gave, and three of width M. Attention: queries
-    being rotated are there five times, beside keys and values.
+    being rotated are there four times, beside keys and values.
     """
     d, q, k = config.width, _queries(config), _keys(config)
-    return size * tokens * max(4 * d + 3 * config.mlp_width, 2 * d + 5 * q + 2 * k)
+    return size * tokens * max(4 * d + 3 * config.mlp_width, 2 * d + 4 * q + 2 * k)
 
 
 def _kept_states(s: Sizes) -> int:
@@ -203,8 +203,9 @@ def _copies(s: Sizes) -> Parts:
 def _sampling(s: Sizes) -> Parts:
     c, length = s.student, s.prompt + s.completion
     cached = 2 * c.n_layers * _keys(c) * WIDE  # a token
-    # logits and probabilities, and both again to draw from or to look at; top-p sorts them
-    logits = s.rows * s.student_ids * (44 if s.nucleus else 16)
+    # a step's logits and probabilities, and both again for the measures of some steps; top-p sorts
+    look = LOOK.get("cuda" if s.cuda else "cpu", 16)
+    logits = s.rows * s.student_ids * max(8 + 8 * look, 44 * s.nucleus)
     reading = min(s.rows * s.prompt, max(AT_ONCE, s.prompt))  # in a cache of their own
     return {
         "gradients": WIDE * parameters(c),  # until the training pass begins
@@ -349,8 +350,8 @@ def work(s: Sizes) -> dict[str, Work]:
             + (2 * s.narrow + 2 * WIDE) * head * blocks
             + s.teacher_bytes * t_head * blocks,
         ),
-        # the norm; weight, gradient and moments read, three of them written
-        "optimizer": Work(0, 9 * WIDE * n),
+        # norm and clipping: 3; weight, gradient and moments are read, all but the gradient written
+        "optimizer": Work(0, 10 * WIDE * n),
     }
 
 

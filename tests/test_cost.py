@@ -176,7 +176,7 @@ def test_work_of_each_stage_by_hand() -> None:
     assert found["teacher"] == Work(3 * 2 * body + 4 * 2 * 6 + 2 * 2 * 8, 4 * (body + 8))
     assert found["training"].operations == 4 * 6 * body + 14 * 2 * 10 + 6 * 2 * 10 + 2 * 2 * 8
     assert found["training"].bytes == 12 * body + 16 * 10 + 4 * 8
-    assert found["optimizer"] == Work(0, 36 * cost.parameters(config))
+    assert found["optimizer"] == Work(0, 40 * cost.parameters(config))
 
 
 def test_the_floor_is_the_longer_of_computing_and_moving() -> None:

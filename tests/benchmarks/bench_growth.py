@@ -231,8 +231,11 @@ def plot(path: Path, rows: dict[str, dict[int, Figures]]) -> None:
         for key, style in (("seconds", "o-"), ("floor", "--")):
             y = [sum(one[key].values()) for one in found.values()]
             below.plot(x, y, style, label={"seconds": "measured"}.get(key, key))
+        above.set(xscale="log", ylim=(0, None))
+        below.set(xscale="log", yscale="log")
         for one in (above, below):
-            one.set(xscale="log", yscale="log")
+            one.minorticks_off()
+            one.set_xticks(x, [f"{value:,}" for value in x], rotation=30)
         below.set_xlabel(NAMES[axis])
     axes[0, 0].set_ylabel("peak memory, MiB")
     axes[1, 0].set_ylabel("seconds a step")
