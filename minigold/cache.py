@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of the tokens that a decoder has read, made once and never moved.
+"""Keys and values of the tokens that a decoder has read, in tensors that are made once.
 
 A pass writes its tokens to the next columns, the same ones in all rows, so that it is one copy;
 which position in its row a column holds is kept beside them. Prompts of different lengths leave

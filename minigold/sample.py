@@ -21,7 +21,7 @@ Watch = Callable[[Tensor, Tensor], Tensor]
 LOOK = {"cpu": 1}  # steps between looks at which rows have ended; each waits for the device
 ALIKE = 0.8  # prompts are read together if none is shorter than this part of the longest
 AT_ONCE = 2**14  # tokens of prompts that are read together
-BLOCK = 512  # tokens
+BLOCK = 512  # tokens whose probabilities a draw sums up at once
 
 
 class CausalLM(Protocol):
