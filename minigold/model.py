@@ -159,7 +159,7 @@ class _Attention(nn.Module):
 def _rotate(x_BHSE: Tensor, sight: _Sight) -> Tensor:
     """RoPE with the halves of a head as pairs, as Hugging Face lays them out."""
     halves_changed_BHSE = x_BHSE.roll(x_BHSE.shape[-1] // 2, -1)
-    return torch.addcmul(x_BHSE * sight.cos_R1SE, halves_changed_BHSE, sight.sin_R1SE)
+    return x_BHSE * sight.cos_R1SE + halves_changed_BHSE * sight.sin_R1SE  # rounded as theirs
 
 
 class _MLP(nn.Module):
