@@ -20,16 +20,15 @@ NOWHERE = 2**40  # a position that no query reaches
 
 
 class Store(NamedTuple):
-    """One layer's columns in use, and which of them are new."""
+    """One layer's columns in use, the new ones at their end."""
 
     keys_BGJE: Tensor
     values_BGJE: Tensor
-    new: slice
 
     def put(self, key_BGSE: Tensor, value_BGSE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new tokens; returns all."""
-        self.keys_BGJE[:, :, self.new] = key_BGSE
-        self.values_BGJE[:, :, self.new] = value_BGSE
+        n_new = key_BGSE.shape[2]
+        self.keys_BGJE[:, :, -n_new:], self.values_BGJE[:, :, -n_new:] = key_BGSE, value_BGSE
         return self.keys_BGJE, self.values_BGJE
 
 
@@ -42,7 +41,6 @@ class Cache:
         position_BJ: int64, where in its row a column's token stands; `NOWHERE` if it has none.
         next_B: int64, the position of each row's next token.
         used: columns in use.
-        new: of the last pass.
     """
 
     keys: list[Tensor]
@@ -50,7 +48,6 @@ class Cache:
     position_BJ: Tensor
     next_B: Tensor
     used: int = 0
-    new: int = 0
 
     @classmethod
     def empty(
@@ -74,27 +71,26 @@ class Cache:
         Raises:
             ValueError: no room, or gradients are on.
         """
-        room, self.new = self.position_BJ.shape[1], ahead_1S.shape[1]
+        room, n_new = self.position_BJ.shape[1], ahead_1S.shape[1]
         if torch.is_grad_enabled():
             raise ValueError(
                 "expected gradients off with a cache, got them on; "
                 "use torch.no_grad(), or leave the cache out to train"
             )
-        if self.used + self.new > room:
+        if self.used + n_new > room:
             raise ValueError(
                 f"expected at most {room} tokens a row, the length of the cache, got "
-                f"{self.used + self.new}; make a longer one with empty_cache"
+                f"{self.used + n_new}; make a longer one with empty_cache"
             )
         position_BS = self.next_B[:, None] + ahead_1S
-        self.used += self.new
-        self.position_BJ[:, self.used - self.new : self.used] = position_BS
-        self.next_B = self.next_B + self.new
+        self.used += n_new
+        self.position_BJ[:, self.used - n_new : self.used] = position_BS
+        self.next_B = self.next_B + n_new
         return position_BS, self.position_BJ[:, : self.used]
 
     def store(self, layer: int) -> Store:
         """For the tokens that `grow` made room for."""
-        keys, values = (side[layer][:, :, : self.used] for side in (self.keys, self.values))
-        return Store(keys, values, slice(self.used - self.new, self.used))
+        return Store(*(side[layer][:, :, : self.used] for side in (self.keys, self.values)))
 
     def cut(self, length_B: Tensor) -> None:
         """Only the first `length_B` tokens of each row stay visible; the next one follows them."""

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
+from minigold.loss import BLOCK as LOSS_BLOCK
 from minigold.model import ModelConfig
 from minigold.sample import AT_ONCE, LOOK
+from minigold.teacher import BLOCK as READ_BLOCK
 
 __all__ = [
     "Rates",
@@ -34,7 +36,6 @@ __all__ = [
 ]
 
 WIDE = 4  # bytes of float32
-READ_BLOCK, LOSS_BLOCK = 16, 32  # positions of `teacher.read_states`, chunks of `loss.gold_loss`
 
 Parts = dict[str, int]
 
@@ -204,7 +205,7 @@ def _sampling(s: Sizes) -> Parts:
     c, length = s.student, s.prompt + s.completion
     cached = 2 * c.n_layers * _keys(c) * WIDE  # a token
     # a step's logits and probabilities, and both again for the measures of some steps; top-p sorts
-    look = LOOK.get("cuda" if s.cuda else "cpu", 16)
+    look = LOOK["cuda" if s.cuda else "cpu"]
     logits = s.rows * s.student_ids * max(8 + 8 * look, 44 * s.nucleus)
     reading = min(s.rows * s.prompt, max(AT_ONCE, s.prompt))  # in a cache of their own
     return {

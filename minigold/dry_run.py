@@ -94,9 +94,9 @@ def sizes_of(
     is not known before; it is taken from the text of the prompts.
     """
     plain = {"student": config.student_plain, "teacher": config.teacher_plain}
-    told = [p.prompt if p.teacher_prompt is None else p.teacher_prompt for p in prompts]
+    read = [p.prompt if p.teacher_prompt is None else p.teacher_prompt for p in prompts]
     lengths = [len(prompt_ids(pair.student, p.prompt, plain=plain["student"])) for p in prompts]
-    t_lengths = [len(prompt_ids(pair.teacher, one, plain=plain["teacher"])) for one in told]
+    t_lengths = [len(prompt_ids(pair.teacher, one, plain=plain["teacher"])) for one in read]
     rows, new = config.batch_size * config.rollouts, config.max_new_tokens
     t_new = ceil(new * _teacher_tokens_a_token(pair, prompts))
     return Sizes(

@@ -39,6 +39,7 @@ __all__ = [
 FLOOR = 1e-18  # is added to every probability, so that all logarithms and quotients are finite
 END = 1e-30  # a beta below counts as 0: far below FLOOR, so that nothing jumps there
 RARE = 1e-8  # what was less likely than this is not conditioned on: bounds the gradient
+BLOCK = 32  # chunks at a time
 MOST = 1 - 1e-3  # of an event that its observed chunk takes at most: what is left is no rounding
 
 
@@ -470,7 +471,7 @@ def gold_loss(
     events: Events,
     beta: float,
     weight: float,
-    block: int = 32,
+    block: int = BLOCK,
 ) -> Losses:
     """`weight * sum of chunk_losses`, `block` chunks at a time.
 
@@ -512,7 +513,7 @@ def look(
     rows: ChunkRows,
     events: Events,
     beta: float,
-    block: int = 32,
+    block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each chunk, and the entropy of the student's law over the events there; nats [C].
 

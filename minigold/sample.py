@@ -8,6 +8,7 @@ The log-probabilities are the policy's own, before temperature, top-p and top-k.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from torch import Tensor
 __all__ = ["CausalLM", "Completion", "completion_states", "logp_of", "pad", "sample", "warp"]
 
 Watch = Callable[[Tensor, Tensor], Tensor]
-LOOK = {"cpu": 1}  # steps between looks at which rows have ended; each waits for the device
+LOOK = defaultdict(lambda: 16, cpu=1)  # steps from look to look at ended rows; it waits for them
 ALIKE = 0.8  # prompts are read together if none is shorter than this part of the longest
 AT_ONCE = 2**14  # tokens of prompts that are read together
 BLOCK = 512  # tokens whose probabilities a draw sums up at once
@@ -142,7 +143,7 @@ def sample(
     _check(prompts, max_new_tokens, temperature, top_p, top_k)
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     device, shape = model.device, (len(prompts), max_new_tokens)
-    look, warped = LOOK.get(device.type, 16), (temperature, top_p, top_k) != (1, 1, 0)
+    look, warped = LOOK[device.type], (temperature, top_p, top_k) != (1, 1, 0)
     stops = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
     uniform_RL = _uniforms(seeds, max_new_tokens).to(device)
     ids_RL = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -184,8 +185,7 @@ def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], n_new: int) -> t
     for i, prompt in enumerate(prompts):
         rows.setdefault(tuple(prompt), []).append(i)
     cache = model.empty_cache(len(prompts), max(map(len, prompts)) + n_new)
-    found: list[Tensor] = []
-    order: list[int] = []
+    found, order = list[Tensor](), list[int]()
     for group in _alike(list(rows)):
         length_G = torch.tensor([len(prompt) for prompt in group], device=device)
         read = model.empty_cache(len(group), len(group[0]))

@@ -25,6 +25,7 @@ from minigold.sample import CausalLM, completion_states, logp_of, pad
 __all__ = ["CARRY_FROM", "Carried", "Reading", "Score", "read_states", "score"]
 
 CARRY_FROM = 1e-3  # an overhang under this is left out
+BLOCK = 16  # positions at a time
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def score(
     side: Side,
     micro_batch: int = 8,
     temperature: float = 1.0,
-    block: int = 16,
+    block: int = BLOCK,
 ) -> list[Score]:
     """Reads completions, in their order. Without gradients; states are kept, logits only by block.
 
@@ -127,7 +128,7 @@ def read_states(
     *,
     end_ids: Sequence[int],
     side: Side,
-    block: int = 16,
+    block: int = BLOCK,
 ) -> Score:
     """The score of a completion whose states are known; arguments as in `Score` and `score`."""
     ids_T = torch.tensor(reading.ids, dtype=torch.int64, device=hidden_MD.device)
