@@ -106,10 +106,8 @@ def _draw(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    rows = [
-        torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        for seed in seeds
-    ]
+    g = torch.Generator()
+    rows = [torch.rand(length, generator=g.manual_seed(s), dtype=torch.float64) for s in seeds]
     return torch.stack(rows)
 
 
@@ -138,10 +136,12 @@ def sample(
             and the ids taken there; its values come back per token.
 
     Raises:
-        ValueError: no prompts, an empty prompt, or numbers out of range.
+        ValueError: no prompts, an empty prompt, seeds for other prompts, or numbers out of range.
     """
     _check(prompts, max_new_tokens, temperature, top_p, top_k)
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"expected one seed, or one per prompt ({len(prompts)}), got {len(seeds)}")
     device, shape = model.device, (len(prompts), max_new_tokens)
     look, warped = LOOK[device.type], (temperature, top_p, top_k) != (1, 1, 0)
     stops = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)

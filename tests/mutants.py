@@ -377,6 +377,27 @@ MUTANTS = (
         "/ mass_BX.gather(1, found_B1) + 0.5",
         "tests/test_sample.py",
     ),
+    # a row that ended between two looks comes back
+    Mutant(
+        "minigold/sample.py",
+        "ended = ended | torch.isin(ids, stops)",
+        "ended = torch.isin(ids, stops)",
+        "tests/test_sample.py",
+    ),
+    # copies of a prompt are counted in another order than they are placed
+    Mutant(
+        "minigold/sample.py",
+        "copies_G = torch.tensor([len(rows[prompt]) for prompt in group])",
+        "copies_G = torch.tensor([len(rows[prompt]) for prompt in group[::-1]])",
+        "tests/test_sample.py",
+    ),
+    # weights do not decay
+    Mutant(
+        "minigold/train.py",
+        "lr=config.lr, weight_decay=config.weight_decay",
+        "lr=config.lr, weight_decay=0",
+        "tests/test_train.py",
+    ),
     # rows that ended stay in the batch, and the others leave
     Mutant(
         "minigold/sample.py",

@@ -88,7 +88,9 @@ def test_how_often_one_looks_changes_nothing(look: int, monkeypatch: pytest.Monk
     seen.clear()
     monkeypatch.setitem(sampling.LOOK, "cpu", look)
     got = sample(model, PROMPTS * 3, **settings)
-    assert len(seen) == -(-min(19, max(len(one.ids) for one in want)) // look)
+    starts = range(0, max(len(one.ids) for one in want), look)
+    still = [sum(len(one.ids) > start for one in want) for start in starts]  # ended rows left
+    assert seen == [n * min(look, 19 - start) for n, start in zip(still, starts, strict=True)]
     for a, b in zip(want, got, strict=True):
         assert (a.ids, a.finished) == (b.ids, b.finished)
         torch.testing.assert_close(a.logp_S, b.logp_S, atol=1e-5, rtol=1e-5)
@@ -97,7 +99,7 @@ def test_how_often_one_looks_changes_nothing(look: int, monkeypatch: pytest.Monk
 
 def test_equal_prompts_are_read_once_and_padding_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = tiny_decoder("llama"), []
-    prompts = [[7] * n for n in (9, 50, 3, 45, 9, 50, 50, 8)]
+    prompts = [[n % 40] * n for n in (9, 50, 3, 45, 9, 50, 50, 8)]
     forward = Decoder.forward
 
     def counted(self: Decoder, ids_BS: Tensor, cache: Any = None) -> Tensor:
@@ -105,15 +107,15 @@ def test_equal_prompts_are_read_once_and_padding_is_small(monkeypatch: pytest.Mo
         return forward(self, ids_BS, cache)
 
     monkeypatch.setattr(Decoder, "forward", counted)
-    got = sample(model, prompts, max_new_tokens=2, eos_ids=[], seed=[3] * 8)
-    assert read == [(2, 50), (2, 9), (1, 3), (8, 1)]
+    got = sample(model, prompts, max_new_tokens=4, eos_ids=[], seed=[3] * 8)
+    assert read == [(2, 50), (2, 9), (1, 3), *[(8, 1)] * 3]
     monkeypatch.setattr(sampling, "AT_ONCE", 99)
     assert [one.ids for one in got] == [
-        one.ids for one in sample(model, prompts, max_new_tokens=2, eos_ids=[], seed=[3] * 8)
+        one.ids for one in sample(model, prompts, max_new_tokens=4, eos_ids=[], seed=[3] * 8)
     ]
-    assert read[4:] == [(1, 50), (1, 45), (2, 9), (1, 3), (8, 1)]
+    assert read[6:] == [(1, 50), (1, 45), (2, 9), (1, 3), *[(8, 1)] * 3]
     for prompt, one in zip(prompts, got, strict=True):
-        alone = sample(model, [prompt], max_new_tokens=2, eos_ids=[], seed=3)[0]
+        alone = sample(model, [prompt], max_new_tokens=4, eos_ids=[], seed=3)[0]
         assert alone.ids == one.ids
 
 
@@ -165,10 +167,11 @@ def test_padding_comes_from_lengths() -> None:
         ([[1]], {"temperature": -1.0}, "temperature >= 0"),
         ([[1]], {"top_p": 0.0}, "0 < top_p <= 1"),
         ([[1]], {"top_k": -2}, "top_k >= 0"),
+        ([[1], [2]], {"seed": [3]}, "one per prompt \\(2\\), got 1"),
     ],
 )
 def test_bad_requests_are_refused(
-    prompts: list[list[int]], options: dict[str, float], message: str
+    prompts: list[list[int]], options: dict[str, Any], message: str
 ) -> None:
     model = tiny_decoder("llama")
     settings = {"max_new_tokens": 2, "eos_ids": [], **options}

@@ -24,7 +24,7 @@ from minigold.offsets import CUT, SPECIAL, encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.teacher import Reading, score
-from minigold.train import batches_of, distill, learning_rate, take_step
+from minigold.train import adamw, batches_of, distill, learning_rate, take_step
 from reference_losses import gkd
 from tiny_models import new_decoder, tiny_model
 from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe, unigram
@@ -511,6 +511,18 @@ def test_the_teacher_stays_as_it_is() -> None:
     distill(student, teacher, PROMPTS, dataclasses.replace(CONFIG, steps=1, warmup=0))
     pairs = zip(before, teacher.decoder.parameters(), strict=True)
     assert all(torch.equal(old, new) and new.grad is None for old, new in pairs)
+
+
+def test_weights_decay_by_their_share_of_the_rate() -> None:
+    """AdamW's: without a gradient a weight loses lr * weight_decay of itself."""
+    decoder = new_decoder("llama")
+    before = [p.detach().clone() for p in decoder.parameters()]
+    optimizer = adamw(decoder, dataclasses.replace(CONFIG, lr=0.1, weight_decay=0.2))
+    for p in decoder.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, was in zip(decoder.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), was * 0.98)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
