@@ -40,11 +40,12 @@ from minigold.chat import prompt_ids
 from minigold.data import Prompt
 from minigold.demo import accuracy
 from minigold.demo_task import held_out, number_word, prompts, warm_up
+from minigold.families import model_config
 from minigold.load import LanguageModel, load
 from minigold.model import Decoder
 from minigold.offsets import encode_continuation
 from minigold.sample import completion_states, pad
-from minigold.weights import model_config, save_decoder
+from minigold.weights import save_decoder
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"

@@ -12,7 +12,7 @@ Read the files in the order of the data; each imports only from files above it:
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
-    config, data, chat, rope, weights, load, pair, batch, rollout    the edges of the loop
+    config, data, chat, rope, families, weights, load, pair, batch, rollout    the edges of the loop
     masked      rollouts -> the chunks to train, and the gradient there
     metrics     what a step did, in numbers
     train       everything -> steps, metrics, a trained student
@@ -59,7 +59,7 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "model", "sample", "teacher", "disagree", "loss", "config",
-    "data", "chat", "rope", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
+    "data", "chat", "rope", "families", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
     "train", "cost", "dry_run", "compare", "picture", "page", "demo_task", "demo", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}

@@ -8,7 +8,7 @@ in its way; `yarn` also makes cosines and sines larger by `yarn_scale`.
 
 All results are float32 on the CPU, computed in the order of `transformers`, hence equal to its own.
 Letter beside the common ones: P pairs of a head, from the fastest to the slowest.
-Not here: config.json (`weights.py`), the rotation (`model.py`), scalings that depend on the length
+Not here: config.json (`families.py`), the rotation (`model.py`), scalings that depend on the length
 of the text at hand (`dynamic`, `longrope`), rotation of a part of each head.
 """
 

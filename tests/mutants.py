@@ -191,49 +191,49 @@ MUTANTS = (
     ),
     # settings of RoPE under the new name and the old one are mixed
     Mutant(
-        "minigold/weights.py",
+        "minigold/families.py",
         "if (new and old) or not (",
         "if not (",
         "tests/test_weights.py",
     ),
     # the old name scales the sliding layers of Gemma 3 too
     Mutant(
-        "minigold/weights.py",
+        "minigold/families.py",
         'if gemma and (new or layers == "sliding_attention"):',
         "if gemma and new:",
         "tests/test_model.py",
     ),
     # the outer length of the first training is overlooked
     Mutant(
-        "minigold/weights.py",
+        "minigold/families.py",
         "places = [config, settings]",
         "places = [settings, config]",
         "tests/test_model.py",
     ),
     # a factor that is written down gives way to the one of YaRN
     Mutant(
-        "minigold/weights.py",
+        "minigold/families.py",
         'if kind == "yarn" and scale is None:',
         'if kind == "yarn":',
         "tests/test_model.py",
     ),
     # in SmolLM3 the layers with RoPE slide
     Mutant(
-        "minigold/weights.py",
+        "minigold/families.py",
         "return not rotary",
         "return rotary",
         "tests/test_model.py",
     ),
     # Qwen's window starts one layer late
     Mutant(
-        "minigold/weights.py",
+        "minigold/families.py",
         "return layer >= first",
         "return layer > first",
         "tests/test_model.py",
     ),
     # Mistral sees everything
     Mutant(
-        "minigold/weights.py",
+        "minigold/families.py",
         "return (sliding,)",
         "return (full,)",
         "tests/test_model.py",

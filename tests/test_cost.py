@@ -24,11 +24,11 @@ from minigold.batch import head_rows
 from minigold.config import Config
 from minigold.cost import Rates, Sizes, Work
 from minigold.data import Prompt
+from minigold.families import model_config
 from minigold.masked import micro_batches, n_inputs, train_pass
 from minigold.model import Decoder
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
-from minigold.weights import model_config
 from tiny_models import FAMILIES, raw_config, tiny_model
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 

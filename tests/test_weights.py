@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minigold.families import DEFAULTS, model_config
 from minigold.model import Decoder
-from minigold.weights import DEFAULTS, load_decoder, model_config, save_decoder
+from minigold.weights import load_decoder, save_decoder
 from tiny_models import FAMILIES, SCALED, SCALINGS, hugging_face_model, new_decoder, raw_config
 
 EXACT = 2e-5  # float32, on logits of up to 10

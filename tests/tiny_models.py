@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from minigold.families import model_config
 from minigold.load import LanguageModel
 from minigold.model import Decoder, ModelConfig
-from minigold.weights import model_config
 
 FAMILIES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma3_text")
 # RoPE for texts of more than 12 tokens: `raw_config("llama yarn")`. With heads of 16 and a base of

@@ -33,10 +33,10 @@ from minigold.batch import Rollout, head_rows  # noqa: E402
 from minigold.data import Prompt  # noqa: E402
 from minigold.dry_run import measure_rates  # noqa: E402
 from minigold.events import match  # noqa: E402
+from minigold.families import model_config  # noqa: E402
 from minigold.load import LanguageModel  # noqa: E402
 from minigold.model import Decoder, ModelConfig  # noqa: E402
 from minigold.pair import Pair, matched  # noqa: E402
-from minigold.weights import model_config  # noqa: E402
 from tiny_models import raw_config  # noqa: E402
 
 BASE = {"batch": 4, "new": 128, "vocabulary": 16_000, "width": 256}
