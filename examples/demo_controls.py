@@ -30,7 +30,7 @@ import torch
 import minigold
 from minigold import batch, pair, teacher
 from minigold.align import Chunks, align
-from minigold.demo import DEMO, accuracy, demo_models, run_demo
+from minigold.demo import DEMO, accuracy, demo_models, one_thread, run_demo
 from minigold.demo_task import held_out, warm_up
 from minigold.events import Events, Vocabulary, match
 
@@ -89,6 +89,7 @@ ARMS = {
 }
 
 
+@one_thread()
 def fine_tuned(steps: int, seed: int) -> float:
     """Accuracy after plain fine-tuning on the warm-up's answers, with the demo's rows a step."""
     student, _ = demo_models()

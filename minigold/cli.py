@@ -316,12 +316,7 @@ def _ascii_only() -> bool:
 def _demo(args: argparse.Namespace) -> None:
     from minigold.demo import run_demo  # loads its data, so only when asked for
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on models this small a second one waits, or spins beside other work
-    try:
-        print(json.dumps(run_demo(out=args.out, seed=args.seed)))
-    finally:
-        torch.set_num_threads(threads)
+    print(json.dumps(run_demo(out=args.out, seed=args.seed)))
 
 
 def step_line(metrics: dict[str, Any], steps: int) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from minigold.rollout import collect, sample_answers
 from minigold.sample import sample
 from minigold.train import Step, distill
 
-__all__ = ["DEMO", "accuracy", "demo_models", "marked", "run_demo"]
+__all__ = ["DEMO", "accuracy", "demo_models", "marked", "one_thread", "run_demo"]
 
 FOLDER = Path(__file__).parent / "demo_data"
 DEMO = Config(
@@ -49,6 +50,18 @@ def demo_models() -> tuple[LanguageModel, LanguageModel]:
     return load(FOLDER / "student"), load(FOLDER / "teacher")
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """On models this small a second one waits, or spins beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def run_demo(
     *,
     out: Path | None = None,

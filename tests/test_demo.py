@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from torch import get_num_threads, set_num_threads
 
 from minigold.demo import DEMO, demo_models, run_demo
 from minigold.demo_task import OPERANDS, glim, held_out, number_word, prompts, warm_up
@@ -55,6 +56,19 @@ def test_the_two_tokenizers_cut_the_answers_at_different_places() -> None:
 
 
 # ------------------------------------------------------------------------- learning
+def test_the_demo_has_one_thread_and_gives_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("minigold.demo.distill", lambda *_a, **_k: seen.append(get_num_threads()))
+    threads = get_num_threads()
+    set_num_threads(2)
+    try:
+        with pytest.raises(IndexError):  # there was no step, and so no progress bar
+            run_demo(steps=1, say=lambda _text: None, bar=False)
+        assert (seen, get_num_threads()) == ([1], 2)
+    finally:
+        set_num_threads(threads)
+
+
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     for name in "ab":
         run_demo(out=tmp_path / name, seed=3, steps=3, say=lambda _text: None, bar=False)
