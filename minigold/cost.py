@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from minigold.loss import BLOCK as LOSS_BLOCK
 from minigold.model import ModelConfig
+from minigold.packed import PACK_FROM, PACKS
 from minigold.sample import AT_ONCE, LOOK
 from minigold.teacher import BLOCK as READ_BLOCK
 
@@ -201,6 +202,13 @@ def _copies(s: Sizes) -> Parts:
     return {"matrices in bfloat16": 2 * (matrix_parameters(s.student) + head)} if s.cuda else {}
 
 
+def _packed(s: Sizes) -> Parts:
+    """The student's matrices once more, in the layout for decoding on a CPU."""
+    used = PACKS and not s.cuda and s.completion >= PACK_FROM
+    head = s.student_ids * s.student.width
+    return {"packed matrices": WIDE * (matrix_parameters(s.student) + head)} if used else {}
+
+
 def _sampling(s: Sizes) -> Parts:
     c, length = s.student, s.prompt + s.completion
     cached = 2 * c.n_layers * _keys(c) * WIDE  # a token
@@ -209,9 +217,9 @@ def _sampling(s: Sizes) -> Parts:
     logits = s.rows * s.student_ids * max(8 + 8 * look, 44 * s.nucleus)
     reading = min(s.rows * s.prompt, max(AT_ONCE, s.prompt))  # in a cache of their own
     return {
-        "gradients": WIDE * parameters(c),  # until the training pass begins
         "KV cache": cached * s.rows * length,
         **_copies(s),
+        **_packed(s),
         "logits of a sampling step": logits,
         "prompts in passing": max(
             0, _layer_bytes(c, reading, s.narrow) + cached * reading - logits
@@ -225,7 +233,6 @@ def _reading(s: Sizes) -> Parts:
     passing = _layer_bytes(c, tokens, s.teacher_bytes) + tokens * c.width * s.teacher_bytes
     block = READ_BLOCK * s.teacher_ids * WIDE * (2 if c.softcap is None else 4)
     return {
-        "gradients": WIDE * parameters(s.student),
         "teacher's states": _kept_states(s),
         "logits of a block": block,
         "a layer in passing": max(0, passing - block),

@@ -12,6 +12,8 @@ Not here: files (`weights.py`), sampling (`sample.py`), RoPE frequencies (`rope.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigold.cache import Cache, Store
+from minigold.packed import PACK_FROM, Linear, pack, packed, product
 
 __all__ = ["Decoder", "Head", "ModelConfig"]
 
@@ -73,16 +76,18 @@ class Head(NamedTuple):
     """The output layer: `weight_VD` (the embedding itself where tied), a bias, the cap on logits.
 
     Logits are divided by `temperature`: a model with a temperature is one with another head.
+    `packed` is a copy of the weight, see `packed.py`.
     """
 
     weight_VD: Tensor
     softcap: float | None = None
     bias_V: Tensor | None = None
     temperature: float = 1.0
+    packed: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V], at least float32, of hidden states [..., D]."""
-        raw = F.linear(hidden, self.weight_VD, self.bias_V)
+        raw = product(hidden, self.weight_VD, self.bias_V, self.packed)
         return self.cap(raw if raw.dtype == torch.float64 else raw.float())
 
     def cap(self, raw: Tensor) -> Tensor:
@@ -121,10 +126,10 @@ class _Attention(nn.Module):
     def __init__(self, config: ModelConfig, *, rotary: bool) -> None:
         super().__init__()
         self.config, self.rotary, e = config, rotary, config.head_width
-        self.q_proj = nn.Linear(config.width, config.n_heads * e, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.width, config.n_kv_heads * e, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.width, config.n_kv_heads * e, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.n_heads * e, config.width, bias=config.output_bias)
+        self.q_proj = Linear(config.width, config.n_heads * e, bias=config.qkv_bias)
+        self.k_proj = Linear(config.width, config.n_kv_heads * e, bias=config.qkv_bias)
+        self.v_proj = Linear(config.width, config.n_kv_heads * e, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_heads * e, config.width, bias=config.output_bias)
         has_norm = config.family in ("qwen3", "gemma3_text")
         self.q_norm = _Norm(e, config) if has_norm else nn.Identity()
         self.k_norm = _Norm(e, config) if has_norm else nn.Identity()
@@ -166,9 +171,9 @@ class _MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.up_proj = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down_proj = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         gate = self.gate_proj(hidden_BSD)
@@ -221,6 +226,7 @@ class Decoder(nn.Module):
         self.n_tokens = config.vocab_size
         self.model = _Trunk(config)
         self.lm_head: nn.Linear | None = None
+        self.packed_head: Tensor | None = None
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         for parameter in self.parameters():
@@ -231,7 +237,21 @@ class Decoder(nn.Module):
     def head(self) -> Head:
         owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
         padded = self.n_tokens < len(owner.weight)  # a slice costs a copy in the backward pass
-        return Head(owner.weight[: self.n_tokens] if padded else owner.weight, self.config.softcap)
+        weight_VD = owner.weight[: self.n_tokens] if padded else owner.weight
+        return Head(weight_VD, self.config.softcap, packed=self.packed_head)
+
+    @contextmanager
+    def decoding(self, n_steps: int) -> Iterator[None]:
+        """For steps of one token a row, in which no weight changes; many pay for packed copies."""
+        if n_steps < PACK_FROM:
+            yield
+            return
+        with packed(self.model):
+            try:
+                self.packed_head = pack(self.head.weight_VD)
+                yield
+            finally:
+                self.packed_head = None
 
     @property
     def device(self) -> torch.device:

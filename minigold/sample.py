@@ -33,6 +33,7 @@ class CausalLM(Protocol):
     @property
     def head(self) -> Any: ...
     def empty_cache(self, batch: int, length: int) -> Any: ...
+    def decoding(self, n_steps: int) -> Any: ...
     def __call__(self, ids_BS: Tensor, cache: Any = None) -> Tensor: ...
 
 
@@ -154,28 +155,29 @@ def sample(
     cache, state = _prefill(model, prompts, max_new_tokens)
     rows = torch.arange(len(prompts), device=device)  # the rows still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        logits = model.head.logits(state)
-        own = prob = logits.softmax(-1)
-        if warped:
-            prob = warp(logits, temperature=temperature, top_p=top_p, top_k=top_k)
-        ids = _draw(prob, uniform_RL[rows, step])
-        ids_RL[rows, step], logp_RL[rows, step] = ids, logp_of(logits, own, ids)
-        ended = ended | torch.isin(ids, stops)
-        unwatched.append((place_RL[rows, step], logits if look == 1 else state))
-        if (step + 1) % look == 0 or step + 1 == max_new_tokens:
-            if watch is not None:
-                place, seen = (torch.cat(x) for x in zip(*unwatched, strict=True))
-                logits = seen if look == 1 else model.head.logits(seen)
-                watched.append((place, watch(logits, ids_RL.flatten()[place])))
-            unwatched.clear()
-            left = (~ended).nonzero()[:, 0]
-            if not len(left) or step + 1 == max_new_tokens:
-                break
-            if len(left) < len(rows):
-                cache.keep(left)
-                rows, ids, ended = (x[left] for x in (rows, ids, ended))
-        state = model(ids[:, None], cache)[:, 0]
+    with model.decoding(max_new_tokens):
+        for step in range(max_new_tokens):
+            logits = model.head.logits(state)
+            own = prob = logits.softmax(-1)
+            if warped:
+                prob = warp(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+            ids = _draw(prob, uniform_RL[rows, step])
+            ids_RL[rows, step], logp_RL[rows, step] = ids, logp_of(logits, own, ids)
+            ended = ended | torch.isin(ids, stops)
+            unwatched.append((place_RL[rows, step], logits if look == 1 else state))
+            if (step + 1) % look == 0 or step + 1 == max_new_tokens:
+                if watch is not None:
+                    place, seen = (torch.cat(x) for x in zip(*unwatched, strict=True))
+                    logits = seen if look == 1 else model.head.logits(seen)
+                    watched.append((place, watch(logits, ids_RL.flatten()[place])))
+                unwatched.clear()
+                left = (~ended).nonzero()[:, 0]
+                if not len(left) or step + 1 == max_new_tokens:
+                    break
+                if len(left) < len(rows):
+                    cache.keep(left)
+                    rows, ids, ended = (x[left] for x in (rows, ids, ended))
+            state = model(ids[:, None], cache)[:, 0]
     return _completions(ids_RL.cpu(), logp_RL.cpu(), stops.cpu(), watched)
 
 
@@ -239,9 +241,7 @@ def _check(
     prompts: Sequence[Sequence[int]], limit: int, temperature: float, top_p: float, top_k: int
 ) -> None:
     if not prompts or not all(prompts):
-        raise ValueError(
-            "expected prompts of at least one token, got an empty one; add BOS or text"
-        )
+        raise ValueError("expected prompts of at least one token, got an empty one; add BOS")
     if limit < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(
             "expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0, "

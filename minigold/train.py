@@ -154,6 +154,7 @@ def take_step(
                 "the weights are those before this step; lower --lr or raise the precision"
             )
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # room for what sampling and the teacher need
     else:
         log.warning("step %d: no chunk was chosen; no optimizer step is taken", number)
     clock.append(time.perf_counter())

@@ -519,12 +519,28 @@ MUTANTS = (
     ),
     # AdamW has one moment
     Mutant("minigold/cost.py", '"AdamW": 2 * WIDE * n', '"AdamW": WIDE * n', "tests/test_cost.py"),
-    # the gradients are gone while sampling
+    # the packed copies take no memory
     Mutant(
         "minigold/cost.py",
-        '"gradients": WIDE * parameters(c),  # until',
-        '"gradients": 0,  # until',
+        '"packed matrices": WIDE * (matrix_parameters(s.student) + head)',
+        '"packed matrices": WIDE * head',
         "tests/test_cost.py",
+    ),
+    # gradients stay while the next step samples
+    Mutant(
+        "minigold/train.py",
+        "optimizer.zero_grad(set_to_none=True)  # room",
+        "optimizer.zero_grad(set_to_none=False)  # room",
+        "tests/test_cost.py",
+    ),
+    # the copies stay after the last step of decoding
+    Mutant("minigold/packed.py", "layer.packed = None", "pass", "tests/test_sample.py"),
+    # a prompt of one token is read without its bias
+    Mutant(
+        "minigold/packed.py",
+        'MULTIPLY(x, copy, bias, "none", [], "")',
+        'MULTIPLY(x, copy, None, "none", [], "")',
+        "tests/test_sample.py",
     ),
     # keys alone are cached
     Mutant(

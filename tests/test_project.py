@@ -23,8 +23,10 @@ from shape_suffix import ShapeSuffixes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minigold"
-LEAVES = ("offsets", "align", "events", "cache", "model", "sample", "disagree", "loss", "rope")
-BESIDE = {"model": "cache"}  # a leaf that needs another
+LEAVES = (
+    "offsets", "align", "events", "cache", "packed", "model", "sample", "disagree", "loss", "rope",
+)  # fmt: skip
+BESIDE = {"model": ("cache", "packed")}  # a leaf that needs others
 DEPENDENCIES = {"torch", "tokenizers", "safetensors", "numpy"}
 OPTIONAL = {"jinja2", "tqdm", "huggingface_hub"}  # imported inside the functions that use them
 SKIPPED = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "__pycache__",
@@ -145,6 +147,7 @@ def test_the_reading_order_holds_every_module() -> None:
         "align",
         "events",
         "cache",
+        "packed",
         "model",
         "sample",
         "teacher",
@@ -166,13 +169,13 @@ def test_leaves_work_when_copied_alone(tmp_path: Path) -> None:
     for leaf in LEAVES:
         (tmp_path / leaf).mkdir()
         shutil.copy(PACKAGE / f"{leaf}.py", tmp_path / leaf)
-        if leaf in BESIDE:
-            shutil.copy(PACKAGE / f"{BESIDE[leaf]}.py", tmp_path / leaf)
+        for beside in BESIDE.get(leaf, ()):
+            shutil.copy(PACKAGE / f"{beside}.py", tmp_path / leaf)
             copy = tmp_path / leaf / f"{leaf}.py"
-            line = f"from minigold.{BESIDE[leaf]} import"
+            line = f"from minigold.{beside} import"
             text = copy.read_text("utf-8")
             assert text.count(line) == 1
-            copy.write_text(text.replace(line, f"from {BESIDE[leaf]} import"), "utf-8")
+            copy.write_text(text.replace(line, f"from {beside} import"), "utf-8")
     code = """
 import importlib, sys
 

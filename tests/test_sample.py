@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling: the cache changes nothing, rows stand alone, filters and stops do what they say."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minigold import model as decoder
+from minigold import packed
 from minigold import sample as sampling
 from minigold.model import Decoder
+from minigold.packed import PACKS, product
 from minigold.sample import completion_states, logp_of, pad, sample, warp
 from reference import sample_slowly
 from tiny_models import tiny_decoder
@@ -48,6 +52,51 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
         alone = sample(model, [prompt], max_new_tokens=9, eos_ids=[11, 12], seed=[7 + i])[0]
         assert alone.ids == together[i].ids
         torch.testing.assert_close(alone.logp_S, together[i].logp_S, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not PACKS, reason="torch has no packed products on this machine")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
+def test_packed_products_change_nothing_but_rounding(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long answers are decoded with packed weights, and without a copy left when they end."""
+    model, used = tiny_decoder(family), Counter[bool]()
+
+    def counted(*args: Any) -> Tensor:
+        used[args[3] is not None] += 1
+        return product(*args)
+
+    monkeypatch.setattr(packed, "product", counted)
+    monkeypatch.setattr(decoder, "product", counted)
+    got = sample(model, PROMPTS, max_new_tokens=40, eos_ids=[11, 12], seed=3)
+    n_linear = sum(isinstance(one, packed.Linear) for one in model.modules())
+    longest = max(len(one.ids) for one in got)
+    assert (
+        used[True] == (n_linear + 1) * (longest - 1) + 1
+    )  # the first state comes from the prompts
+    for i, (prompt, one) in enumerate(zip(PROMPTS, got, strict=True)):
+        g = torch.Generator().manual_seed(3 + i)
+        uniform = torch.rand(40, generator=g, dtype=torch.float64).tolist()
+        with torch.no_grad():
+            assert one.ids == sample_slowly(model, prompt, uniform, len(one.ids))
+        hidden_SD = model(torch.tensor([prompt + one.ids]))[0]
+        states_SD = completion_states(hidden_SD, len(prompt), len(one.ids))
+        logp_SV = model.head.logits(states_SD).log_softmax(-1)
+        want_S = logp_SV[torch.arange(len(one.ids)), torch.tensor(one.ids)].detach()
+        torch.testing.assert_close(one.logp_S, want_S, atol=1e-5, rtol=1e-5)
+    used.clear()
+    sample(model, PROMPTS, max_new_tokens=31, eos_ids=[], seed=3)
+    assert not used[True]
+
+    def fails() -> None:
+        with model.decoding(40):
+            assert model.head.packed is not None
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert model.head.packed is None
+    assert all(one.packed is None for one in model.modules() if isinstance(one, packed.Linear))
 
 
 def test_every_stop_id_ends_a_row_and_stays_in_it() -> None:
