@@ -8,6 +8,7 @@ Read the files in the order of the data; each imports only from files above it:
     events      two vocabularies -> the events that both can express
     cache       keys and values of a pass -> those of all passes so far
     packed      matrices -> copies that a CPU reads faster while decoding
+    replay      a step of decoding -> the same as a CUDA graph
     model       token ids -> hidden states, and the head that makes logits of them
     sample      prompts -> answers with log-probabilities
     teacher     answers -> what the teacher thinks of them
@@ -59,7 +60,7 @@ __all__ = ["Config", "distill", "load"]
 __version__ = "0.1.0"
 
 MODULES = (  # in reading order
-    "offsets", "align", "events", "cache", "packed", "model", "sample", "teacher", "disagree", "loss", "config",
+    "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss", "config",
     "data", "chat", "rope", "families", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
     "train", "cost", "dry_run", "compare", "picture", "page", "demo_task", "demo",
     "cli_align", "cli",

@@ -20,13 +20,18 @@ NOWHERE = 2**40  # a position that no query reaches
 
 
 class Store(NamedTuple):
-    """One layer's columns in use, the new ones at their end."""
+    """One layer's columns in use: the new ones are the last, or the one in `column_1`."""
 
     keys_BGJE: Tensor
     values_BGJE: Tensor
+    column_1: Tensor | None = None
 
     def put(self, key_BGSE: Tensor, value_BGSE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new tokens; returns all."""
+        if self.column_1 is not None:
+            self.keys_BGJE.index_copy_(2, self.column_1, key_BGSE)
+            self.values_BGJE.index_copy_(2, self.column_1, value_BGSE)
+            return self.keys_BGJE, self.values_BGJE
         n_new = key_BGSE.shape[2]
         self.keys_BGJE[:, :, -n_new:], self.values_BGJE[:, :, -n_new:] = key_BGSE, value_BGSE
         return self.keys_BGJE, self.values_BGJE
@@ -40,7 +45,8 @@ class Cache:
         keys, values: one tensor [B, G, J, E] per layer.
         position_BJ: int64, where in its row a column's token stands; `NOWHERE` if it has none.
         next_B: int64, the position of each row's next token.
-        used: columns in use.
+        used: columns in use, or those that `fix` has fixed.
+        column_1: int64, the last column that was written, after `fix`.
     """
 
     keys: list[Tensor]
@@ -48,6 +54,8 @@ class Cache:
     position_BJ: Tensor
     next_B: Tensor
     used: int = 0
+    column_1: Tensor | None = None
+    written: int = 0
 
     @classmethod
     def empty(
@@ -71,26 +79,50 @@ class Cache:
         Raises:
             ValueError: no room, or gradients are on.
         """
-        room, n_new = self.position_BJ.shape[1], ahead_1S.shape[1]
+        n_new = ahead_1S.shape[1]
         if torch.is_grad_enabled():
             raise ValueError(
                 "expected gradients off with a cache, got them on; "
                 "use torch.no_grad(), or leave the cache out to train"
             )
-        if self.used + n_new > room:
+        position_BS = self.next_B[:, None] + ahead_1S
+        if self.column_1 is not None:
+            self.column_1 += 1
+            self.position_BJ.index_copy_(1, self.column_1, position_BS)
+            self.next_B += 1
+        else:
+            self._check_room(self.used + n_new)
+            self.used += n_new
+            self.position_BJ[:, self.used - n_new : self.used] = position_BS
+            self.next_B = self.next_B + n_new
+        return position_BS, self.position_BJ[:, : self.used]
+
+    def fix(self, step: int) -> int:
+        """Before a pass of one token a row, which then changes no shape and no address.
+
+        From now on passes see a multiple of `step` columns, or all that there are; the number is
+        returned. They are visible once they are written.
+        """
+        if self.column_1 is None:
+            self.written = self.used
+            self.column_1 = torch.tensor([self.used - 1], device=self.next_B.device)
+        self.written += 1
+        self._check_room(self.written)
+        self.used = min(self.position_BJ.shape[1], -(-self.written // step) * step)
+        return self.used
+
+    def _check_room(self, needed: int) -> None:
+        room = self.position_BJ.shape[1]
+        if needed > room:
             raise ValueError(
                 f"expected at most {room} tokens a row, the length of the cache, got "
-                f"{self.used + n_new}; make a longer one with empty_cache"
+                f"{needed}; make a longer one with empty_cache"
             )
-        position_BS = self.next_B[:, None] + ahead_1S
-        self.used += n_new
-        self.position_BJ[:, self.used - n_new : self.used] = position_BS
-        self.next_B = self.next_B + n_new
-        return position_BS, self.position_BJ[:, : self.used]
 
     def store(self, layer: int) -> Store:
         """For the tokens that `grow` made room for."""
-        return Store(*(side[layer][:, :, : self.used] for side in (self.keys, self.values)))
+        keys, values = (side[layer][:, :, : self.used] for side in (self.keys, self.values))
+        return Store(keys, values, self.column_1)
 
     def cut(self, length_B: Tensor) -> None:
         """Only the first `length_B` tokens of each row stay visible; the next one follows them."""

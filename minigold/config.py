@@ -59,6 +59,7 @@ class Config:
     student_plain: bool = _opt(False, "the student reads the prompt as it is, without a template")
     teacher_plain: bool = _opt(False, "the teacher reads the prompt as it is, without a template")
     seed: int = _opt(0, "of data order, sampling and masks")
+    cuda_graphs: bool = _opt(False, "sampling replays recorded steps; on cuda only")
     log_every: int = _opt(1, "steps between lines on the terminal")
 
     def __post_init__(self) -> None:

@@ -12,8 +12,8 @@ Not here: files (`weights.py`), sampling (`sample.py`), RoPE frequencies (`rope.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from minigold.cache import Cache, Store
 from minigold.packed import PACK_FROM, Linear, pack, packed, product
+from minigold.replay import Replay
 
 __all__ = ["Decoder", "Head", "ModelConfig"]
 
@@ -217,7 +218,7 @@ class Decoder(nn.Module):
     """A causal language model up to its last hidden states. New matrices are normal, std 0.02.
 
     `n_tokens`: the head gives logits for this many ids; rows of padding behind them do not exist
-    for sampling, log-probabilities or loss.
+    for sampling, log-probabilities or loss. `cuda_graphs`: see `replay.py`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -227,6 +228,7 @@ class Decoder(nn.Module):
         self.model = _Trunk(config)
         self.lm_head: nn.Linear | None = None
         self.packed_head: Tensor | None = None
+        self.cuda_graphs = False
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         for parameter in self.parameters():
@@ -241,15 +243,19 @@ class Decoder(nn.Module):
         return Head(weight_VD, self.config.softcap, packed=self.packed_head)
 
     @contextmanager
-    def decoding(self, n_steps: int) -> Iterator[None]:
-        """For steps of one token a row, in which no weight changes; many pay for packed copies."""
-        if n_steps < PACK_FROM:
-            yield
-            return
-        with packed(self.model):
+    def decoding(self, cache: Cache, n_steps: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """For steps of one token a row, in which no weight changes; many pay for packed copies.
+
+        Gives a function from the next ids_B1 to the states after them, [B, D].
+        """
+        many = n_steps >= PACK_FROM
+        with packed(self.model) if many else nullcontext():
             try:
-                self.packed_head = pack(self.head.weight_VD)
-                yield
+                self.packed_head = pack(self.head.weight_VD) if many else None
+                if self.cuda_graphs:
+                    yield Replay(self, cache)
+                else:
+                    yield lambda ids_B1: self(ids_B1, cache)[:, 0]
             finally:
                 self.packed_head = None
 

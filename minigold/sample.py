@@ -33,7 +33,7 @@ class CausalLM(Protocol):
     @property
     def head(self) -> Any: ...
     def empty_cache(self, batch: int, length: int) -> Any: ...
-    def decoding(self, n_steps: int) -> Any: ...
+    def decoding(self, cache: Any, n_steps: int) -> Any: ...
     def __call__(self, ids_BS: Tensor, cache: Any = None) -> Tensor: ...
 
 
@@ -155,7 +155,7 @@ def sample(
     cache, state = _prefill(model, prompts, max_new_tokens)
     rows = torch.arange(len(prompts), device=device)  # the rows still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    with model.decoding(max_new_tokens):
+    with model.decoding(cache, max_new_tokens) as advance:
         for step in range(max_new_tokens):
             logits = model.head.logits(state)
             own = prob = logits.softmax(-1)
@@ -177,7 +177,7 @@ def sample(
                 if len(left) < len(rows):
                     cache.keep(left)
                     rows, ids, ended = (x[left] for x in (rows, ids, ended))
-            state = model(ids[:, None], cache)[:, 0]
+            state = advance(ids[:, None])
     return _completions(ids_RL.cpu(), logp_RL.cpu(), stops.cpu(), watched)
 
 

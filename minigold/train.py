@@ -72,6 +72,7 @@ def distill(
     check_prompts(prompts, pair, config)
     if out is not None:
         _open_run(out, pair, config)
+    student.decoder.cuda_graphs = config.cuda_graphs
     student.decoder.train()
     student.decoder.requires_grad_(True)
     teacher.decoder.eval()
@@ -175,6 +176,11 @@ def check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
+    if config.cuda_graphs and pair.student.decoder.device.type != "cuda":
+        raise ValueError(
+            f"expected --cuda-graphs with --device cuda, got {pair.student.decoder.device}; "
+            "leave one of them out"
+        )
     if config.lmbda < 1 and not any(p.completion is not None for p in prompts):
         raise ValueError(
             f"expected prompts with `completion` for --lmbda {config.lmbda}, got none; "

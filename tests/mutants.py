@@ -535,7 +535,16 @@ MUTANTS = (
     ),
     # the copies stay after the last step of decoding
     Mutant("minigold/packed.py", "layer.packed = None", "pass", "tests/test_sample.py"),
-    # a prompt of one token is read without its bias
+    # a recorded step is played after the columns that it sees are full
+    Mutant(
+        "minigold/replay.py",
+        "if not self.works or shape != self.shape:",
+        "if not self.works or self.shape is None:",
+        "tests/test_replay.py",
+    ),
+    # the column that a recorded step writes stays where it was
+    Mutant("minigold/cache.py", "self.column_1 += 1", "pass", "tests/test_replay.py"),
+    # packed products forget the bias
     Mutant(
         "minigold/packed.py",
         'MULTIPLY(x, copy, bias, "none", [], "")',

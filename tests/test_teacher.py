@@ -36,8 +36,8 @@ class TableModel:
         one_hot_SN = torch.nn.functional.one_hot(at_S, self.n_rows)
         return one_hot_SN.to(self.head.weight_VD.dtype).expand(len(ids_BS), -1, -1)
 
-    def decoding(self, n_steps: int) -> Any:
-        raise AssertionError(f"scoring decodes nothing, asked for {n_steps} steps")
+    def decoding(self, cache: Any, n_steps: int) -> Any:
+        raise AssertionError(f"scoring decodes nothing, asked for {n_steps} steps with {cache}")
 
     def empty_cache(self, batch: int, length: int) -> Any:
         raise AssertionError(f"scoring needs no cache, asked for {batch} x {length}")

@@ -547,6 +547,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
         ),
         ([prompt_of("x")], {"student_plain": False}, "line 1, student: .*--student-plain"),
         ([prompt_of("x", teacher_prompt="")], {}, "line 1"),
+        (PROMPTS, {"cuda_graphs": True}, "--cuda-graphs with --device cuda, got cpu"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from minigold import replay
 from minigold import sample as sampling
 from minigold.masked import acceptance_of, choose_chunks, train_pass
 from minigold.pair import Pair, make_pair
@@ -59,6 +60,23 @@ def test_sampling_equals_the_slow_version_on_the_cpu(family: str) -> None:
         uniform = torch.rand(20, generator=g, dtype=torch.float64).tolist()
         assert one.ids == sample_slowly(slow, prompt, uniform, 20)
         assert one.logp_S.device.type == "cpu"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_recorded_steps_change_no_token(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On CUDA as a graph; elsewhere it cannot be recorded, which is said, and changes nothing."""
+    monkeypatch.setattr(replay, "COLUMNS", 16)
+    model = copy.deepcopy(tiny_decoder(family)).to(DEVICE)
+    settings = {"max_new_tokens": 40, "eos_ids": range(0, 40, 9), "seed": 4}
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 7, 1, 8, 2], [4]]
+    want = sample(model, prompts, **settings)
+    model.cuda_graphs = True
+    got = sample(model, prompts, **settings)
+    assert [one.ids for one in got] == [one.ids for one in want]
+    warned = "without CUDA graphs" in caplog.text
+    assert warned == (DEVICE.type != "cuda")
 
 
 def test_stops_end_rows_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:
