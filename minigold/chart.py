@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import accumulate, pairwise
+
+from minigold.markup import prose
 
 __all__ = ["SMOOTHED_FROM", "STYLE", "bars", "curve", "number", "points", "smooth", "ticks"]
 
@@ -20,7 +21,7 @@ Values = Sequence[float | None]
 
 STYLE = """
 :root { --curve: #0b5fa5; --grid: #e2e2e2; --bar0: #17406d; --bar1: #e08a1e; --bar2: #b7d3ea; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --curve: #6db6f2; --grid: #333; --bar0: #2b69a6; --bar1: #f0a64a; --bar2: #d9e8f5; } }
 .chart { display: block; width: 100%; height: auto; color: var(--ink);
   font: 12px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
@@ -42,7 +43,7 @@ STYLE = """
 """
 
 WIDTH, HEIGHT = 340, 200  # of the drawing, in CSS pixels where there is room
-LEFT, RIGHT, TOP, BOTTOM = 40, 332, 24, 166  # edges of the frame in it
+LEFT, RIGHT, TOP, BOTTOM = 46, 322, 24, 166  # edges of the frame in it
 SMOOTHED_FROM = 40  # steps
 MOST, MOST_READ = 150, 60  # places of a line, and to point at; more steps share one
 
@@ -280,13 +281,20 @@ def _axes(frame: _Frame, unit: str) -> str:
         if frame.first <= mark <= frame.last
     ]
     named = f'<text class="soft" x="{(LEFT + RIGHT) / 2:.0f}" y="{HEIGHT - 3}" text-anchor="middle">step</text>'
-    return f'<text class="soft" y="12">{escape(unit)}</text>' + "".join([*rungs, *stops, named])
+    return f'<text class="soft" y="12">{prose(unit)}</text>' + "".join([*rungs, *stops, named])
 
 
 def _short(mark: float) -> str:
-    """A round number in a few characters."""
-    size, sign = next(((s, c) for s, c in ((1e6, "M"), (1e4, "k")) if abs(mark) >= s), (1, ""))
-    return f"{mark / (1000 if sign == 'k' else size):.6g}{sign}"
+    """A round number in a few characters.
+
+    >>> _short(0.002), _short(-0.00012), _short(0.05), _short(2500.0), _short(12000.0)
+    ('2e-3', '-1.2e-4', '0.05', '2500', '12k')
+    """
+    if 0 < abs(mark) < 0.01:
+        return f"{mark:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    if abs(mark) >= 1e6:
+        return f"{mark / 1e6:g}M"
+    return f"{mark / 1e3:g}k" if abs(mark) >= 1e4 else f"{mark:g}"
 
 
 def _line(kind: str, frame: _Frame, places: Sequence[tuple[int, float | None]]) -> str:
@@ -321,5 +329,5 @@ def _readings(frame: _Frame, steps: Sequence[int], told: Callable[[int], str]) -
 def _svg(parts: Sequence[str], label: str) -> str:
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
+        f'aria-label="{prose(label)}">{"".join(parts)}</svg>'
     )

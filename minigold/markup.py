@@ -20,7 +20,7 @@ __all__ = ["document", "prose", "spelled", "token_html"]
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --soft: #5c5c5c; --line: #767676;
   --one: #f3f3f3; --flawed: #a30d1a; --flawed-ink: #fff; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --paper: #161616; --ink: #ececec; --soft: #b0b0b0; --line: #8c8c8c;
     --one: #272727; --flawed: #ffb3b3; --flawed-ink: #3a0006; } }
 * { box-sizing: border-box; }

@@ -28,7 +28,7 @@ __all__ = ["page"]
 
 _STYLE = """
 :root { --teacher: #cfe4ff; --student: #ffe0b8; --both: #e6d3ff; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --teacher: #173f68; --student: #5c3a0c; --both: #47296b; } }
 .teacher { background: var(--teacher); } .student { background: var(--student); }
 .both { background: var(--both); }

@@ -32,7 +32,7 @@ STAGES = ("sample", "teacher", "train")
 _STYLE = """
 :root { --d0: #fff; --d1: #fdebd3; --d2: #f9cd98; --d3: #f0a452; --d4: #9c3d06; --d4-ink: #fff;
   --hatch: #cfcfcf; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --d0: #161616; --d1: #33230f; --d2: #5b3a10; --d3: #8a5310; --d4: #ffc57d;
     --d4-ink: #241300; --hatch: #454545; } }
 .lead { font-size: 1.1rem; }
@@ -53,7 +53,8 @@ details { margin: .8rem 0; } summary { cursor: pointer; }
 .scroll { overflow-x: auto; }
 .signs { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: center; padding: 0;
   list-style: none; font-size: .9rem; }
-.signs .chunk { display: inline-block; cursor: auto; margin-right: .3rem; padding: 0 .3rem; }
+.signs .chunk { display: inline-block; cursor: auto; margin-right: .3rem; }
+.signs .row { min-height: 0; }
 .case { border-top: 1px solid var(--line); margin-top: 1.6rem; padding-top: .6rem; }
 .prompt { white-space: pre-wrap; max-width: 60rem; margin: .2rem 0; }
 .answers { display: grid; gap: 0 2rem;
@@ -74,7 +75,6 @@ details { margin: .8rem 0; } summary { cursor: pointer; }
 .sheet { color: var(--ink); }
 .sheet p { margin: 0 0 .2rem; max-width: none; }
 @media print {
-  :root { color-scheme: light; }
   * { print-color-adjust: exact; }
   main { padding: 0; }
   .case, figure, .tiles > div { break-inside: avoid; }
@@ -244,6 +244,9 @@ def _sample(path: Path, line: _Line) -> Sample:
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{unlike}{error}{remedy}") from error
     columns = sample.chunks, sample.acceptance, sample.trained, sample.best
+    strange = [chunk.flaw for chunk in sample.chunks if not 0 <= chunk.flaw < len(FLAWS)]
+    if strange:
+        raise ValueError(f"{unlike}a chunk with the flaw {strange[0]}{remedy}")
     if len({len(column) for column in columns}) > 1:
         raise ValueError(f"{unlike}columns of {[len(c) for c in columns]} chunks{remedy}")
     return sample
@@ -401,7 +404,7 @@ def _curves(run: Run) -> str:
         for k, (stage, layer) in enumerate(zip(STAGES, layers, strict=True))
     )
     drawn, note = chart.bars(run.steps, layers, names=STAGES, unit="seconds a step")
-    figures.append(_figure("Time by stage", drawn, f"{keys} {note}"))
+    figures.append(_figure("Time by stage", drawn, f"{keys}. {note}"))
     thin = (
         "Thin: each step; thick: the mean of the steps around it. "
         if len(run.steps) >= chart.SMOOTHED_FROM
@@ -478,16 +481,19 @@ def _samples(run: Run) -> str:
 
 def _legend() -> str:
     edges = [100 * k // LEVELS for k in range(LEVELS + 1)]
-    shades = [
-        f'<li><span class="chunk d{k}">{edges[k]}–{edges[k + 1]} %</span></li>'
-        for k in range(LEVELS)
-    ]
+    shades = [_sign(f"d{k}", f"{edges[k]}–{edges[k + 1]} %") for k in range(LEVELS)]
     signs = [
-        '<li><span class="chunk flawed">text</span>not scorable</li>',
-        '<li><span class="chunk d0 trained">text</span>trained</li>',
-        "<li>solid line: a chunk ends; dotted line: a token of the student ends inside it</li>",
+        "refused:",
+        *shades,
+        _sign("flawed", "text") + "not scorable",
+        _sign("d0 trained", "text") + "trained",
+        "solid line: a chunk ends; dotted line: a token of the student ends inside it",
     ]
-    return f'<ul class="signs"><li>refused:</li>{"".join(shades + signs)}</ul>'
+    return f'<ul class="signs">{"".join(f"<li>{sign}</li>" for sign in signs)}</ul>'
+
+
+def _sign(classes: str, text: str) -> str:
+    return f'<span class="chunk {classes}"><span class="row"><bdi>{text}</bdi></span></span>'
 
 
 def _case(case: Sequence[Sample]) -> str:
@@ -558,7 +564,9 @@ def _sheet(sample: Sample, k: int) -> str:
     s0, s1, t0, t1, start, end, flaw = sample.chunks[k]
     best, prob = sample.best[k]
     wanted = token_html(Token(0, 0, 0, EXACT, best.encode("utf-8", "replace"), ""))
-    verdict = f"It refuses the student's chunk with probability {1 - sample.acceptance[k]:.2f}"
+    verdict = (
+        f"It would refuse the student's chunk in {100 * (1 - sample.acceptance[k]):.0f} % of cases"
+    )
     if flaw != EXACT:
         verdict = f"The chunk cannot be scored, {FLAWS[flaw]}: {REASONS[flaw]}"
     ids = [

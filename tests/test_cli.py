@@ -228,7 +228,10 @@ def test_ids_beyond_the_embedding_are_warned_about_first(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], r"the following arguments are required: \{train,align,demo\}; see minigold --help"),
+        (
+            [],
+            r"the following arguments are required: \{train,align,report,demo\}; see minigold --help",
+        ),
         (["train"], "required: --teacher, --student, --prompts, --out; see minigold train --help"),
         (["teach"], "invalid choice: 'teach'"),
         (["tra"], "invalid choice: 'tra'"),
@@ -314,7 +317,7 @@ def test_help_lists_each_option_once_with_its_default(
     assert (code, err) == (0, "")
     parts = re.split(r"^  (--[\w-]+)", out, flags=re.MULTILINE)
     help_of = dict(zip(parts[1::2], map(str.split, parts[2::2]), strict=True))
-    assert len(help_of) == len(parts) // 2 >= 2
+    assert len(help_of) == len(parts) // 2 >= 1
     for option, words in help_of.items():
         assert re.search(r"\((default:? .+|required)\)$", " ".join(words)), option
     if name == "train":

@@ -326,8 +326,9 @@ def test_the_audit_warns_of_lost_mass_and_unusual_spellings(
 
 # ------------------------------------------------------------------------------ their page
 def explained() -> list[list[str]]:
-    """Cells of each row of the table in docs/metrics.md, `key` and its explanation."""
-    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
+    """Cells of each row of the first table in docs/metrics.md, `key` and its explanation."""
+    text = PAGE.read_text("utf-8").partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
@@ -344,3 +345,10 @@ def test_the_page_explains_each_key_once_and_no_other() -> None:
 def test_the_page_names_each_reason_that_a_chunk_is_unscorable() -> None:
     (meaning,) = [row[2] for row in explained() if row[0] == "`unscorable`"]
     assert re.findall(r"`([^`]+)`", meaning) == list(FLAWS[1:])
+
+
+def test_the_page_explains_each_key_of_the_samples() -> None:
+    table = PAGE.read_text("utf-8").partition("\n## ")[2]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    keys = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+    assert sorted(keys) == sorted({"prompt", "completion", *RESERVED})
