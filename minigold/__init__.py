@@ -20,7 +20,7 @@ Read the files in the order of the data; each imports only from files above it:
     dry_run     two models without weights and prompts -> what a run would cost
     compare     two tokenizers and a text -> how their tokens line up
     picture, markup, page    the same, drawn for a terminal and for a browser
-    chart, report    a run's files -> a page with its curves and samples
+    history, chart, report    the folder of a run -> a page with its curves and samples
     demo, cli_align, cli    the demo and the command line
 
 Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
@@ -61,8 +61,8 @@ __version__ = "0.1.0"
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "model", "sample", "teacher", "disagree", "loss", "config",
     "data", "chat", "rope", "families", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
-    "train", "cost", "dry_run", "compare", "picture", "markup", "page", "chart", "report", "demo_task", "demo",
-    "cli_align", "cli",
+    "train", "cost", "dry_run", "compare", "picture", "markup", "page", "history", "chart", "report",
+    "demo_task", "demo", "cli_align", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

@@ -262,7 +262,7 @@ def _frame(steps: Sequence[int], low: float, high: float) -> _Frame:
     """Zero is always in it."""
     low, high = min(low, 0.0), max(high, 0.0)
     marks = ticks(low, high if high > low else 1.0)
-    first, last = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 1, steps[0] + 1)
+    first, last = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
     return _Frame(first, last, marks[0], marks[-1])
 
 

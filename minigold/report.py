@@ -1,30 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run in, one HTML page out: what was run, its curves, and samples with every token.
 
-It reads config.json, metrics.jsonl, samples.jsonl and, where it is there, eval.jsonl: no model, no
-tokenizer. A run that is still going, or was cut, has a page too.
+It needs no model and no tokenizer: `history.py` reads the files, `chart.py` draws the curves.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
 from minigold import chart
-from minigold.compare import Chunk, Token
-from minigold.data import COLUMNS, RESERVED, write_whole
+from minigold.compare import Token
+from minigold.data import write_whole
+from minigold.history import Run, Sample, read_run
 from minigold.markup import document, prose, spelled, token_html
 from minigold.offsets import EXACT, FLAWS
 from minigold.picture import REASONS
 
 __all__ = ["write_report"]
 
-PROMPTS = 6  # shown, each with its first and its last answer
 TOKENS = 160  # shown of an answer
+MOST = 40  # tokens shown of a chunk
 CHARACTERS = 1500  # shown of a prompt
 LEVELS = 5  # shades of disagreement
 STAGES = ("sample", "teacher", "train")
@@ -89,167 +88,12 @@ def write_report(run: Path, target: Path | None = None) -> Path:
         run: a folder that `minigold train` or `distill` wrote, finished or not.
 
     Raises:
-        ValueError: no such folder, a folder that is no run, a file in it that cannot be read.
+        ValueError: see `read_run`.
         OSError: nothing can be written there.
     """
     target = run / "report.html" if target is None else target
     write_whole(target, _page(read_run(run)).encode("utf-8"))
     return target
-
-
-# -- reading -------------------------------------------------------------------------------------
-
-
-class _Line(NamedTuple):
-    """A line of a file: of which step, its number from 1, its place in bytes."""
-
-    step: int
-    number: int
-    place: int
-
-
-class Sample(NamedTuple):
-    """An answer of samples.jsonl; C chunks."""
-
-    step: int
-    prompt: Any
-    text: bytes
-    finished: bool
-    on_policy: bool
-    ids: list[int]
-    teacher_ids: list[int]
-    spans: list[tuple[int, int]]
-    chunks: list[Chunk]
-    acceptance: list[float]
-    trained: list[bool]
-    best: list[tuple[str, float]]
-    extra: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is known of a run.
-
-    Args:
-        config: the object of config.json.
-        steps, rows: the numbers of the steps, increasing, and their metrics.
-        evals: objects of eval.jsonl, by step.
-        cases: for each prompt that is shown its answers, the first and the last of the run or one.
-        n_samples: all answers in samples.jsonl.
-    """
-
-    config: dict[str, Any]
-    steps: list[int]
-    rows: list[dict[str, Any]]
-    evals: dict[int, dict[str, Any]]
-    cases: list[list[Sample]]
-    n_samples: int
-
-
-def read_run(run: Path) -> Run:
-    """Reads the files of a run; raises as `write_report` does."""
-    path = run / "config.json"
-    if not path.is_file():
-        what = "no config.json in it" if run.is_dir() else "no such folder"
-        raise ValueError(
-            f"expected the folder of a run, got {run}: {what}; give the --out of `minigold train`"
-        )
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got {error}; restore the file") from error
-    needed = {"student": str, "teacher": str, "steps": int}
-    if type(config) is not dict or any(type(config.get(k)) is not v for k, v in needed.items()):
-        raise ValueError(
-            f"expected the config.json of a run, with student, teacher and steps, got {path} without "
-            "them; give the --out of `minigold train`, not a model"
-        )
-    rows = {row["step"]: row for _, row in _objects(run / "metrics.jsonl")}
-    evals = {row["step"]: row for _, row in _objects(run / "eval.jsonl")}
-    cases, n_samples = _cases(run / "samples.jsonl")
-    steps = sorted(rows)
-    evals = {step: evals[step] for step in sorted(evals)}
-    return Run(config, steps, [rows[step] for step in steps], evals, cases, n_samples)
-
-
-def _objects(path: Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
-    """Objects with a step; none if there is no file.
-
-    A last line that was cut off while it was written is left out.
-    """
-    if not path.is_file():
-        return
-    place = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                row = json.loads(raw)
-            except ValueError as error:
-                if not raw.endswith(b"\n"):
-                    return
-                raise ValueError(
-                    f"expected JSON in line {number} of {path}, got {error}; restore the file"
-                ) from error
-            if type(row) is not dict or type(row.get("step")) is not int:
-                raise ValueError(
-                    f"expected an object with a step in line {number} of {path}, got "
-                    f"{raw[:40].decode('utf-8', 'replace')}; restore the file"
-                )
-            yield _Line(row["step"], number, place), row
-            place += len(raw)
-
-
-def _cases(path: Path) -> tuple[list[list[Sample]], int]:
-    """Prompts that came back, those furthest apart first; else answers of the first and last step."""
-    seen: dict[str, list[_Line]] = {}  # the first and the last answer to each prompt
-    n = 0
-    for line, row in _objects(path):
-        n += 1
-        met = seen.setdefault(json.dumps([row.get("line"), row.get("prompt")]), [])
-        if not met or line.step > met[-1].step:
-            met[1:] = [line]
-    back = sorted(
-        (met for met in seen.values() if len(met) > 1), key=lambda met: met[0].step - met[1].step
-    )
-    once = sorted(seen.values())
-    half = PROMPTS // 2
-    chosen = back[:PROMPTS] or (once if len(once) <= PROMPTS else once[:half] + once[-half:])
-    return [[_sample(path, line) for line in met] for met in chosen], n
-
-
-def _sample(path: Path, line: _Line) -> Sample:
-    with path.open("rb") as file:
-        file.seek(line.place)
-        row = json.loads(file.readline())
-    unlike = f"expected an answer as docs/metrics.md says in line {line.number} of {path}, got "
-    remedy = "; restore the file, or run again with this version"
-    try:
-        sample = Sample(
-            line.step,
-            row["prompt"],
-            row["completion"].encode("utf-8", "replace"),
-            row["finished"],
-            row["on_policy"],
-            row["student_ids"],
-            row["teacher_ids"],
-            [(int(a), int(b)) for a, b in row["student_spans"]],
-            [Chunk(*map(int, chunk)) for chunk in row["chunks"]],
-            [float(a) for a in row["acceptance"]],
-            row["trained"],
-            [(str(text), float(prob)) for text, prob in row["teacher_best"]],
-            {k: v for k, v in row.items() if k not in (*COLUMNS, *RESERVED)},
-        )
-    except KeyError as error:
-        raise ValueError(f"{unlike}no {error}{remedy}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{unlike}{error}{remedy}") from error
-    columns = sample.chunks, sample.acceptance, sample.trained, sample.best
-    strange = [chunk.flaw for chunk in sample.chunks if not 0 <= chunk.flaw < len(FLAWS)]
-    if strange:
-        raise ValueError(f"{unlike}a chunk with the flaw {strange[0]}{remedy}")
-    if len({len(column) for column in columns}) > 1:
-        raise ValueError(f"{unlike}columns of {[len(c) for c in columns]} chunks{remedy}")
-    return sample
 
 
 # -- the page ------------------------------------------------------------------------------------
@@ -284,7 +128,7 @@ def _numbers(run: Run, key: str) -> list[float | None]:
 
 def _finite(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number and abs(value) < 1e300 else None
 
 
 def _ends(values: Sequence[float | None]) -> tuple[float, float] | None:
@@ -510,16 +354,18 @@ def _prompt(prompt: Any) -> str:
     parts = [("prompt", prompt)]
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
         parts = [(message.get("role"), message.get("content")) for message in prompt]
-    drawn = []
+    drawn, room, rest = [], CHARACTERS, 0
     for role, text in parts:
         told = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-        rest = len(told) - CHARACTERS
-        more = f' <span class="soft">… {rest:,} characters more</span>' if rest > 0 else ""
-        drawn.append(
-            f'<p class="prompt" dir="auto"><span class="soft">{spelled(str(role))}:</span> '
-            f"<bdi>{prose(told[:CHARACTERS])}</bdi>{more}</p>"
-        )
-    return "".join(drawn)
+        if room > 0:
+            drawn.append(
+                f'<p class="prompt" dir="auto"><span class="soft">{spelled(str(role)[:40])}:</span> '
+                f"<bdi>{prose(told[:room])}</bdi></p>"
+            )
+        rest += max(0, len(told) - room)
+        room = max(0, room - len(told))
+    more = f'<p class="soft">… {rest:,} characters more</p>' if rest else ""
+    return "".join(drawn) + more
 
 
 def _answer(sample: Sample) -> str:
@@ -544,11 +390,17 @@ def _chunk(sample: Sample, k: int) -> str:
     level = min(LEVELS - 1, int(LEVELS * (1 - sample.acceptance[k])))
     classes = "flawed" if flaw != EXACT else f"d{level}"
     classes += " trained" if sample.trained[k] else ""
-    row = "".join(f"<bdi>{_token(sample, s)}</bdi>" for s in range(s0, s1))
+    row = "".join(f"<bdi>{token}</bdi>" for token in _tokens(sample, s0, s1))
     return (
         f'<div class="chunk {classes}" tabindex="0"><span class="row">{row}</span>'
         f'<div class="sheet">{_sheet(sample, k)}</div></div>'
     )
+
+
+def _tokens(sample: Sample, s0: int, s1: int) -> list[str]:
+    """Tokens of a chunk; of a very long one, as many as can be read."""
+    shown = [_token(sample, s) for s in range(s0, min(s1, s0 + MOST))]
+    return [*shown, f"<i>… {s1 - s0 - MOST:,} tokens more</i>"] if s1 - s0 > MOST else shown
 
 
 def _token(sample: Sample, s: int) -> str:
@@ -570,13 +422,13 @@ def _sheet(sample: Sample, k: int) -> str:
     if flaw != EXACT:
         verdict = f"The chunk cannot be scored, {FLAWS[flaw]}: {REASONS[flaw]}"
     ids = [
-        f"{side} ids {', '.join(map(str, found))}"
+        f"{side} ids {', '.join(map(str, found[:MOST]))}" + "…" * (len(found) > MOST)
         for side, found in (("student", sample.ids[s0:s1]), ("teacher", sample.teacher_ids[t0:t1]))
         if found
     ]
     return (
-        f"<p>The student wrote <code>{''.join(_token(sample, s) for s in range(s0, s1))}</code>; the teacher would most likely "
-        f"go on with <code>{wanted}</code> ({100 * prob:.0f} %).</p><p>{verdict}; "
+        f"<p>The student wrote <code>{''.join(_tokens(sample, s0, s1))}</code>; the teacher would "
+        f"most likely go on with <code>{wanted}</code> ({100 * prob:.0f} %).</p><p>{verdict}; "
         f"{'' if sample.trained[k] else 'not '}trained.</p>"
         f'<p class="soft">Bytes {start} to {end}; {"; ".join(ids)}.</p>'
     )

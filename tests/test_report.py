@@ -23,11 +23,12 @@ from minigold.cli import main
 from minigold.compare import Token
 from minigold.config import Config
 from minigold.data import Prompt
+from minigold.history import PROMPTS
 from minigold.load import load
 from minigold.offsets import EXACT, FLAWS, UNKNOWN, spans_of_ids
 from minigold.pair import Pair, make_pair
 from minigold.picture import REASONS, glyphs
-from minigold.report import CHARACTERS, PROMPTS, TOKENS, write_report
+from minigold.report import CHARACTERS, MOST, TOKENS, write_report
 from minigold.train import distill
 from test_page import CONTRASTS
 from tiny_folders import tiny_folder
@@ -324,6 +325,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path, name: str) -> 
         ("{\n", "expected JSON in line 2"),
         ("[3]\n", r"expected an object with a step in line 2 of .*, got \[3\]"),
         ('{"step": "1"}\n', "expected an object with a step in line 2"),
+        ("[" * 100_000 + "\n", "expected JSON in line 2"),
     ):
         path.write_text(text + line + text, "utf-8")
         with pytest.raises(ValueError, match=message):
@@ -464,6 +466,24 @@ def test_long_answers_and_prompts_are_cut_and_say_so(tmp_path: Path) -> None:
     assert (run / "report.html").stat().st_size < 1_500_000
 
 
+def test_a_very_long_chunk_and_conversation_are_cut_too(tmp_path: Path) -> None:
+    n = 3_000
+    row = sample_row(
+        1, completion="x" * n, student_ids=[7] * n, student_spans=[[i, i + 1] for i in range(n)],
+        teacher_ids=[8] * n, chunks=[[0, n, 0, n, 0, n, 0]], acceptance=[0.5], trained=[True],
+        teacher_best=[["x", 0.5]], finished=False,
+        prompt=[{"role": "user", "content": "w" * 1_000}] * 3,
+    )  # fmt: skip
+    run = run_of(tmp_path, metrics=[metrics_row(1)], samples=[row])
+    reader = read(run)
+    ((_, tokens, sheet),) = reader.chunks
+    assert tokens == ["x"] * MOST + [f"… {n - MOST:,} tokens more"]
+    assert f"teacher ids {', '.join(['8'] * MOST)}…." in sheet
+    assert reader.text.count("user:") == 2
+    assert [len(found) for found in re.findall("w{9,}", reader.text)] == [1_000, CHARACTERS - 1_000]
+    assert f"… {3_000 - CHARACTERS:,} characters more" in reader.text
+
+
 def test_a_line_end_ends_the_line(tmp_path: Path) -> None:
     row = sample_row(1, completion="hello\nyou", student_spans=[[0, 6], [6, 8], [8, 9]])
     row["chunks"][0][5] = row["chunks"][1][4] = 6
@@ -500,7 +520,7 @@ def test_evaluations_have_charts_of_their_own(tmp_path: Path) -> None:
     evals = [
         {"step": 1, "accuracy": 0.25, "accuracy_low": 0.2, "accuracy_high": 0.3, "n": 40, "by": "me"},
         {"step": 4, "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.9, "n": 40,
-         "nothing": None, "yes": True, "floor_low": 3.0},
+         "nothing": None, "yes": True, "floor_low": 3.0, "huge": 10**400},
     ]  # fmt: skip
     run = run_of(tmp_path, metrics=[metrics_row(1)], evals=evals)
     html = write_report(run).read_text("utf-8")
