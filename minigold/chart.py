@@ -118,7 +118,7 @@ def bars(
     cuts = [*_starts(len(steps), MOST_READ), len(steps)]
     means = [[sum(row[a:b]) / (b - a) for a, b in pairwise(cuts)] for row in layers]
     tops = list(accumulate(means, lambda low, row: [a + b for a, b in zip(low, row, strict=True)]))
-    frame = _frame(steps, *_usual(tops[-1]))
+    frame = _frame(steps, *_usual(tops[-1], tail=0.05))
     width = (RIGHT - LEFT) / (len(cuts) - 1)
     parts = [_axes(frame, unit)]
     for k in reversed(range(len(tops))):  # the tallest first, the lower ones before it
@@ -211,10 +211,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.3g}"
 
 
-def _usual(known: Sequence[float]) -> tuple[float, float]:
-    """The range of 0 and all values, or of all but the utmost ones if these make it thrice as wide."""
+def _usual(known: Sequence[float], tail: float = 0.01) -> tuple[float, float]:
+    """The range of 0 and all values, or of all but the utmost ones if these make it thrice as wide.
+
+    Args:
+        tail: share of the values at each end that may be left out.
+    """
     ordered = sorted(known)
-    cut = math.ceil(len(ordered) / 100) if len(ordered) >= 20 else 0
+    cut = math.ceil(tail * len(ordered)) if len(ordered) >= 20 else 0
     low, high = min(ordered[cut], 0.0), max(ordered[-1 - cut], 0.0)
     whole = min(ordered[0], 0.0), max(ordered[-1], 0.0)
     return (low, high) if 3 * (high - low) < whole[1] - whole[0] and high > low else whole

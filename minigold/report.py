@@ -109,8 +109,8 @@ def _page(run: Run) -> str:
             f'<p class="lead">{_outcome(run)}</p>',
             f'<dl class="tiles">{_tiles(run)}</dl>',
             _settings(run.config),
-            f"<h2>Curves</h2>\n{_curves(run)}",
             _evals(run),
+            f"<h2>Curves</h2>\n{_curves(run)}",
             _table(run),
             f"<h2>Samples</h2>\n{_samples(run)}",
         ],
@@ -156,7 +156,14 @@ def _outcome(run: Run) -> str:
     ]
     if changes:
         told += f" From the first to the last tenth of them {' and '.join(changes)}."
-    return told
+    measured = [f"{spelled(name)} {_moved(*ends)}" for name, ends in _changed(run)]
+    return f"{told} In evaluation {' and '.join(measured[:2])}." if measured else told
+
+
+def _changed(run: Run) -> list[tuple[str, tuple[float, float]]]:
+    """What evaluation gave first and last, where these differ."""
+    found = [(name, (values[0][1], values[-1][1])) for name, values in _measured(run).items()]
+    return [(name, ends) for name, ends in found if ends[0] != ends[1]]
 
 
 def _moved(before: float, after: float) -> str:
@@ -176,6 +183,10 @@ def _duration(seconds: float) -> str:
 def _tiles(run: Run) -> str:
     """The main numbers at the start and at the end."""
     tiles = [
+        (f"{spelled(name)} in evaluation", [chart.number(v) for v in ends])
+        for name, ends in _changed(run)[:4]
+    ]
+    tiles += [
         (name, [f"{100 * v:.0f} %" if share else chart.number(v) for v in ends])
         for key, name, share in (
             ("reverse_kl_per_byte", "Reverse KL, nats per byte", False),
@@ -184,10 +195,6 @@ def _tiles(run: Run) -> str:
             ("eos_rate", "Answers that ended by themselves", True),
         )
         if (ends := _ends(_numbers(run, key)))
-    ]
-    tiles += [
-        (spelled(name), [chart.number(found[0][1]), chart.number(found[-1][1])])
-        for name, found in list(_measured(run).items())[:4]
     ]
     return "".join(
         f"<div><dt>{name}</dt><dd>{' → '.join(dict.fromkeys(ends))}</dd></div>"
@@ -219,7 +226,7 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     told = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return spelled(told[:300] + "…" * (len(told) > 300))
+    return prose(told[:300] + "…" * (len(told) > 300))
 
 
 def _curves(run: Run) -> str:

@@ -541,7 +541,8 @@ def test_evaluations_have_charts_of_their_own(tmp_path: Path) -> None:
     assert [float(y) for y in first.groups()] == [
         pytest.approx(chart.BOTTOM - share * frame, abs=0.1) for share in (0.2, 0.3)
     ]
-    assert "accuracy0.25 → 0.75" in Reader(html).text
+    assert "accuracy in evaluation0.25 → 0.75" in Reader(html).text
+    assert "In evaluation accuracy rose from 0.25 to 0.75." in Reader(html).text
     assert "<h2>Evaluation</h2>" not in write_report(run_of(tmp_path / "b")).read_text("utf-8")
 
 
