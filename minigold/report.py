@@ -35,7 +35,7 @@ _STYLE = """
   :root { --d0: #161616; --d1: #33230f; --d2: #5b3a10; --d3: #8a5310; --d4: #ffc57d;
     --d4-ink: #241300; --hatch: #454545; } }
 .lead { font-size: 1.1rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr));
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(9.5rem, 100%), 1fr));
   gap: .8rem; margin: 1.2rem 0; }
 .tiles > div { border: 1px solid var(--grid); border-radius: .4rem; padding: .5rem .8rem; }
 .tiles dt { color: var(--soft); font-size: .9rem; }
