@@ -594,7 +594,8 @@ def test_ticks_are_round_and_reach_over_both_ends(a: float, b: float) -> None:
         assert abs(mark / gap - round(mark / gap)) < 1e-6
 
 
-@given(st.lists(st.none() | FINITE, min_size=1, max_size=200))
+@given(st.sampled_from([1, 39, 40, 100, 200]).flatmap(
+    lambda n: st.lists(st.none() | FINITE, min_size=n, max_size=n)))  # fmt: skip
 def test_smoothing_is_the_mean_around(values: list[float | None]) -> None:
     reach = len(values) // 40
     for i, mean in enumerate(chart.smooth(values)):
