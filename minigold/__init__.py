@@ -21,7 +21,8 @@ Read the files in the order of the data; each imports only from files above it:
     cost        the sizes of a run -> parameters, bytes, operations
     dry_run     two models without weights and prompts -> what a run would cost
     compare     two tokenizers and a text -> how their tokens line up
-    picture, page    the same, drawn for a terminal and for a browser
+    picture, markup, page    the same, drawn for a terminal and for a browser
+    history, chart, report    the folder of a run -> a page with its curves and samples
     demo, cli_align, cli    the demo and the command line
 
 Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
@@ -62,8 +63,8 @@ __version__ = "0.1.0"
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss", "config",
     "data", "chat", "rope", "families", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
-    "train", "cost", "dry_run", "compare", "picture", "page", "demo_task", "demo",
-    "cli_align", "cli",
+    "train", "cost", "dry_run", "compare", "picture", "markup", "page", "history", "chart", "report",
+    "demo_task", "demo", "cli_align", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

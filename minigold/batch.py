@@ -45,6 +45,7 @@ class Answer:
         prompt_ids: of the student.
         ids: of the student; the last one is a stop id if `finished`.
         text: what the ids without the stop id say.
+        spans: bytes of the text that each of these ids stands for, half-open.
         teacher_prompt_ids, teacher_ids: what the teacher reads.
         noncanonical: sampled tokens whose span is not in the encoding of their own text.
         chunks: C chunks, the end of turn included.
@@ -59,6 +60,7 @@ class Answer:
     teacher_prompt_ids: list[int]
     teacher_ids: list[int]
     noncanonical: int
+    spans: list[tuple[int, int]]
     chunks: Chunks
 
     @property
@@ -138,7 +140,8 @@ def answer_of(
     text = text_of_ids(student_tokenizer, said)
     spans = spans_of_ids(student_tokenizer, said)
     own = {(a, b) for a, b, _ in spans_of_text(student_tokenizer, text).tolist()}
-    noncanonical = sum((a, b) not in own for a, b, _ in spans.tolist())
+    places = [(a, b) for a, b, _ in spans.tolist()]
+    noncanonical = sum(place not in own for place in places)
     if identical:
         teacher_ids, chunks = list(ids), _one_per_token(spans, finished=finished)
     else:
@@ -153,7 +156,7 @@ def answer_of(
             chunks = chunks._replace(flaw=np.append(chunks.flaw[:-1], CUT))
     return Answer(
         prompt, prompt_ids, ids, finished, on_policy, text, teacher_prompt_ids, teacher_ids,
-        noncanonical, chunks,
+        noncanonical, places, chunks,
     )  # fmt: skip
 
 

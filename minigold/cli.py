@@ -21,13 +21,14 @@ from minigold.config import NOT_BUILT, Config, option_name
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
 from minigold.load import load
+from minigold.report import write_report
 from minigold.train import Step, distill
 
 __all__ = ["main"]
 
 log = logging.getLogger("minigold")
-COMMANDS = ("train", "align", "demo")
-COMMANDS_NOT_BUILT = ("generate", "eval", "score", "report")
+COMMANDS = ("train", "align", "report", "demo")
+COMMANDS_NOT_BUILT = ("generate", "eval", "score")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar=metavar, parser_class=_Parser)
     _train_options(commands)
     cli_align.options(commands)
+    _report_options(commands)
     demo = commands.add_parser("demo", help="the main job in three minutes on two CPU cores")
     demo.add_argument(
         "--out",
@@ -131,6 +133,20 @@ def _train_options(commands: Any) -> None:
         text = f"{f.metadata['help']} (default {f.default})".replace("%", "%%")
         train.add_argument(option_name(f.name), default=f.default, help=text, **kind)
     train.set_defaults(run=_train)
+
+
+def _report_options(commands: Any) -> None:
+    report = commands.add_parser("report", help="draw a run as a page: curves, and every token")
+    report.add_argument("folder", metavar="RUN", type=Path,
+                        help="folder that train wrote, finished or not")  # fmt: skip
+    report.add_argument("--html", type=Path, metavar="FILE",
+                        help="where to write the page (default RUN/report.html)")  # fmt: skip
+    report.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    target = write_report(args.folder, args.html)
+    print(json.dumps({"html": str(target)}))
 
 
 def _train(args: argparse.Namespace) -> None:

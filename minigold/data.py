@@ -22,7 +22,7 @@ Message = dict[str, Any]
 COLUMNS = ("prompt", "messages", "completion", "teacher_prompt", "answer")
 RESERVED = (  # what samples.jsonl has beside the columns of the prompt
     "step", "line", "finished", "on_policy", "student_ids", "teacher_ids", "chunks", "acceptance",
-    "trained",
+    "trained", "student_spans", "teacher_best",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from minigold.batch import Array, Rollout
 from minigold.config import Config
 from minigold.events import Events
 from minigold.offsets import FLAWS
+from minigold.pair import Pair
 
 if TYPE_CHECKING:
     from minigold.train import Step
@@ -77,7 +78,7 @@ def step_metrics(
     }
 
 
-def sample_rows(number: int, step: Step) -> list[dict[str, Any]]:
+def sample_rows(number: int, step: Step, pair: Pair) -> list[dict[str, Any]]:
     """Lines of samples.jsonl: every answer with its chunks, acceptance and what was trained."""
     return [
         {
@@ -88,13 +89,29 @@ def sample_rows(number: int, step: Step) -> list[dict[str, Any]]:
             "finished": r.answer.finished,
             "on_policy": r.answer.on_policy,
             "student_ids": r.answer.ids,
+            "student_spans": r.answer.spans,
             "teacher_ids": r.answer.teacher_ids,
             "chunks": np.stack(r.chunks, axis=1).tolist(),
             "acceptance": [round(float(a), 6) for a in accepted],
             "trained": mask.tolist(),
+            "teacher_best": _best(r, pair),
             **r.answer.prompt.extra,
         }
         for r, accepted, mask in zip(step.rollouts, step.acceptance, step.chosen, strict=True)
+    ]
+
+
+def _best(rollout: Rollout, pair: Pair) -> list[tuple[str, float]]:
+    """The teacher's most likely token at each chunk's start, and its probability (0-1)."""
+    spelling, tokenizer = pair.events.teacher.spelling, pair.teacher.tokenizer
+    places, score = torch.as_tensor(rollout.chunks.t0), rollout.score
+    best = zip(score.best_id_M[places].tolist(), score.best_prob_M[places].tolist(), strict=True)
+    return [
+        (
+            spelling[i].decode("utf-8", "replace") or tokenizer.id_to_token(i) or f"#{i}",
+            round(prob, 4),
+        )
+        for i, prob in best
     ]
 
 

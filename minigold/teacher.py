@@ -70,6 +70,8 @@ class Score:
         logp_T: float32 on the CPU, nats, of each token.
         end_logp: nats, of any of `end_ids` after the completion.
         measures_T5: `events.measure` of each token.
+        best_id_M, best_prob_M: int64 and float32, the most likely token in the place of each token,
+            and after the last one; its probability (0-1).
         carried: for chunk starts (token index) where there is some.
     """
 
@@ -77,6 +79,8 @@ class Score:
     logp_T: Tensor
     end_logp: float
     measures_T5: Tensor
+    best_id_M: Tensor
+    best_prob_M: Tensor
     carried: dict[int, Carried]
 
     def to(self, device: torch.device | str) -> Score:
@@ -135,14 +139,16 @@ def read_states(
     covers = _covers(reading, side) if side.carries else []
     logps, measures = [hidden_MD.new_zeros(0)], [hidden_MD.new_zeros(0, 5)]
     masses: list[Tensor] = []
+    best: list[tuple[Tensor, Tensor]] = []
     end_logp = float("-inf")
     for start in range(0, len(hidden_MD), block):
         logits_NV = head.logits(hidden_MD[start : start + block])
         if start + block >= len(hidden_MD):
             end_logp = float(logits_NV[-1].log_softmax(-1)[list(end_ids)].logsumexp(0))
-        ids_N = ids_T[start : start + block]
-        logits_NV = logits_NV[: len(ids_N)]
         prob_NV = logits_NV.softmax(-1)
+        best.append(tuple(prob_NV.max(-1)))
+        ids_N = ids_T[start : start + block]
+        logits_NV, prob_NV = logits_NV[: len(ids_N)], prob_NV[: len(ids_N)]
         logp_N = logp_of(logits_NV, prob_NV, ids_N)
         logps.append(logp_N)
         measures.append(torch.stack(measure(prob_NV, logp_N, ids_N, side), dim=1))
@@ -151,7 +157,9 @@ def read_states(
         masses += _masses(prob_NV, start, some)
     logp_T = torch.cat(logps).cpu()
     carried = _carried(covers, masses, logp_T.tolist())
-    return Score(hidden_MD, logp_T, end_logp, torch.cat(measures).cpu(), carried)
+    best_prob_M, best_id_M = (torch.cat(part).cpu() for part in zip(*best, strict=True))
+    measures_T5 = torch.cat(measures).cpu()
+    return Score(hidden_MD, logp_T, end_logp, measures_T5, best_id_M, best_prob_M, carried)
 
 
 class _Cover(NamedTuple):

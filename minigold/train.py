@@ -86,7 +86,7 @@ def distill(
         history.append(step.metrics)
         if out is not None:
             _append(out / "metrics.jsonl", [step.metrics])
-            _append(out / "samples.jsonl", measured.sample_rows(number, step))
+            _append(out / "samples.jsonl", measured.sample_rows(number, step, pair))
         if on_step is not None:
             on_step(step)
     if out is not None:

@@ -577,6 +577,76 @@ MUTANTS = (
     Mutant("minigold/weights.py", "if shapes_only:\n", "if False:\n", "tests/test_cli.py"),
     # a run may be asked for below a file
     Mutant("minigold/cli.py", "if not found.is_dir():", "if False:", "tests/test_cli.py"),
+    # what the teacher would write is read behind the chunk
+    Mutant(
+        "minigold/metrics.py",
+        "torch.as_tensor(rollout.chunks.t0)",
+        "torch.as_tensor(rollout.chunks.t1 - 1)",
+        "tests/test_report.py",
+    ),
+    # the least likely token is the teacher's best
+    Mutant(
+        "minigold/teacher.py",
+        "best.append(tuple(prob_NV.max(-1)))",
+        "best.append(tuple(prob_NV.min(-1)))",
+        "tests/test_teacher.py",
+    ),
+    # the last answer is that of the last row, not the first of the last step
+    Mutant(
+        "minigold/history.py",
+        "line.step > met[-1].step",
+        "line.step >= met[-1].step",
+        "tests/test_report.py",
+    ),
+    # half a line is an error
+    Mutant(
+        "minigold/history.py",
+        'if not raw.endswith(b"\\n"):',
+        'if not raw.startswith(b"{"):',
+        "tests/test_report.py",
+    ),
+    # the shade says how much the teacher agrees
+    Mutant(
+        "minigold/report.py",
+        "int(LEVELS * (1 - sample.acceptance[k]))",
+        "int(LEVELS * sample.acceptance[k])",
+        "tests/test_report.py",
+    ),
+    # a prompt is HTML
+    Mutant(
+        "minigold/report.py",
+        "{prose(told[:room])}",
+        "{told[:room]}",
+        "tests/test_report.py",
+    ),
+    # marks that turn text around stay in a prompt
+    Mutant(
+        "minigold/markup.py",
+        'not in ("Cc", "Cf", "Cs"',
+        'not in ("Cc", "Cs"',
+        "tests/test_report.py",
+    ),
+    # a spike is lost where many steps share a place
+    Mutant(
+        "minigold/chart.py",
+        "sorted({known[0], known[-1]} if",
+        "sorted({known[0]} if",
+        "tests/test_report.py",
+    ),
+    # the mean leaves the last step around out
+    Mutant(
+        "minigold/chart.py",
+        "min(len(values), i + reach + 1)",
+        "min(len(values), i + reach)",
+        "tests/test_report.py",
+    ),
+    # the ends of an interval have charts of their own
+    Mutant(
+        "minigold/report.py",
+        "key.endswith(e) and key.removesuffix(e) in row",
+        "key.endswith(e) and key.removesuffix(e) not in row",
+        "tests/test_report.py",
+    ),
 )
 
 

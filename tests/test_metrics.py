@@ -20,6 +20,7 @@ from minigold.data import COLUMNS, RESERVED, Prompt
 from minigold.events import Measures
 from minigold.metrics import audit, sample_rows, step_metrics
 from minigold.offsets import CUT, EXACT, FLAWS, UNKNOWN
+from minigold.teacher import Score
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 
@@ -65,6 +66,10 @@ def rollout(
             Answer, prompt=Prompt("question", extra=extra, line=line), text=text, finished=finished,
             ids=list(range(s)), teacher_ids=list(range(t)), on_policy=sampled, noncanonical=noncanonical,
             chunks=Chunks(s1 - n_student, s1, t1 - n_teacher, t1, end - n_bytes, end, flaw),
+            spans=[(i, i + 2) for i in range(s - finished)],
+        ),
+        score=made(
+            Score, best_id_M=torch.arange(t + 1), best_prob_M=1 - torch.arange(t + 1) / 7.0,
         ),
         student_logp_C=student_logp_C,
         teacher_logp_C=teacher_logp_C,
@@ -214,7 +219,14 @@ def test_null_stands_where_nothing_was_there_to_measure() -> None:
 def test_samples_show_each_answer_and_what_was_trained() -> None:
     acceptance = [np.array([0.3678794411714423, 1.0, 0.0, 0.02]), np.array([1.0, 0.0]), np.ones(2)]
     step = SimpleNamespace(rollouts=ALL, acceptance=acceptance, chosen=CHOSEN)
-    rows = json.loads(json.dumps(sample_rows(7, step)))
+    named = SimpleNamespace(id_to_token=["", "", "<pad>", "", None].__getitem__)
+    pair = SimpleNamespace(
+        events=SimpleNamespace(
+            teacher=SimpleNamespace(spelling=[b" the", b"\xe4", b"", b"x", b""])
+        ),
+        teacher=SimpleNamespace(tokenizer=named),
+    )
+    rows = json.loads(json.dumps(sample_rows(7, step, pair)))
     assert rows[0] == {
         "step": 7,
         "line": 1,
@@ -223,6 +235,7 @@ def test_samples_show_each_answer_and_what_was_trained() -> None:
         "finished": True,
         "on_policy": True,
         "student_ids": [0, 1, 2, 3, 4],
+        "student_spans": [[0, 2], [1, 3], [2, 4], [3, 5]],
         "teacher_ids": [0, 1, 2, 3],
         "chunks": [
             [0, 1, 0, 1, 0, 5, 0], [1, 3, 1, 2, 5, 10, 0], [3, 4, 2, 4, 10, 13, UNKNOWN],
@@ -230,6 +243,7 @@ def test_samples_show_each_answer_and_what_was_trained() -> None:
         ],
         "acceptance": [0.367879, 1.0, 0.0, 0.02],
         "trained": [True, False, False, True],
+        "teacher_best": [[" the", 1.0], ["\ufffd", 0.8571], ["<pad>", 0.7143], ["#4", 0.4286]],
         "tag": "kept",
     }  # fmt: skip
     assert [(row["line"], row["finished"], row["on_policy"]) for row in rows[1:]] == [
@@ -312,8 +326,9 @@ def test_the_audit_warns_of_lost_mass_and_unusual_spellings(
 
 # ------------------------------------------------------------------------------ their page
 def explained() -> list[list[str]]:
-    """Cells of each row of the table in docs/metrics.md, `key` and its explanation."""
-    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
+    """Cells of each row of the first table in docs/metrics.md, `key` and its explanation."""
+    text = PAGE.read_text("utf-8").partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
@@ -330,3 +345,10 @@ def test_the_page_explains_each_key_once_and_no_other() -> None:
 def test_the_page_names_each_reason_that_a_chunk_is_unscorable() -> None:
     (meaning,) = [row[2] for row in explained() if row[0] == "`unscorable`"]
     assert re.findall(r"`([^`]+)`", meaning) == list(FLAWS[1:])
+
+
+def test_the_page_explains_each_key_of_the_samples() -> None:
+    table = PAGE.read_text("utf-8").partition("\n## ")[2]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    keys = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+    assert sorted(keys) == sorted({"prompt", "completion", *RESERVED})

@@ -199,3 +199,13 @@ def test_the_end_sums_over_all_stops_and_padding_changes_nothing() -> None:
         [pytest.approx(0.2)],
     ]
     assert [len(one.hidden_MD) for one in both] == [2, 1, 2]
+
+
+@pytest.mark.parametrize("block", [1, 2, 64])
+def test_the_most_likely_token_of_each_place_and_after_the_last(block: int) -> None:
+    events = match(words("a", "b"), words("a", "b", "c"))
+    prob_SV = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.6, 0.1], [0.1, 0.2, 0.2, 0.5]])
+    for ids in ([], [1], [1, 1]):
+        result = read(prob_SV, events, ids, [], block)
+        assert result.best_id_M.tolist() == [0, 2, 3][: len(ids) + 1]
+        assert result.best_prob_M.tolist() == pytest.approx([0.4, 0.6, 0.5][: len(ids) + 1])
