@@ -778,7 +778,10 @@ def test_a_chart_shows_its_numbers(tab: Tab, hard: Path) -> None:
         "e => getComputedStyle(e).visibility == 'visible').map(e => e.textContent)"
     )
     assert tab.value(shown) == []
-    tab.call("Input.dispatchMouseEvent", type="mouseMoved", **middle(tab, ".chart .at rect", 0))
+    strips = ".chart .at rect"  # two evaluations, then the losses
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", **middle(tab, strips, 0))
+    assert tab.value(shown) == ["step 1: 0.3 (0.2 to 0.4)"]
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", **middle(tab, strips, 2))
     (text,) = tab.value(shown)
     assert re.fullmatch(r"step 1: 2\.84, mean [\d.]+", text)
     cut_off = tab.value(
