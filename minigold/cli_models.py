@@ -68,6 +68,20 @@ def _generate_options(commands: Any) -> None:
         "the prompt as it is, to be continued, as models without a chat template read it anyway "
         "(default False)"))  # fmt: skip
     generate.set_defaults(run=_generate)
+    _prompt_after_options(generate)
+
+
+def _prompt_after_options(generate: argparse.ArgumentParser) -> None:
+    """PROMPT may come after options that follow M; older versions of `argparse` leave it over."""
+    parse = generate.parse_known_args
+
+    def parsed(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, more = parse(args, namespace)
+        if found.prompt is None and more and not more[0].startswith("-"):
+            found.prompt = more.pop(0)
+        return found, more
+
+    generate.parse_known_args = parsed  # type: ignore[method-assign,assignment]
 
 
 def _eval_options(commands: Any) -> None:

@@ -186,8 +186,8 @@ def gap_and_bytes(rollout: Rollout) -> tuple[float, int]:
     """Sum of l_s - l_t over the scorable text chunks in nats, and their bytes."""
     r = rollout
     text_C = r.scorable_C & (r.chunks.end > r.chunks.start)
-    gap_C = (r.student_logp_C - r.teacher_logp_C)[text_C]
-    return float(gap_C.sum()), int((r.chunks.end - r.chunks.start)[text_C].sum())
+    gap_C = r.student_logp_C - r.teacher_logp_C
+    return float(gap_C[text_C].sum()), int((r.chunks.end - r.chunks.start)[text_C].sum())
 
 
 def _peak_memory() -> float:

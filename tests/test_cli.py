@@ -228,7 +228,10 @@ def test_ids_beyond_the_embedding_are_warned_about_first(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], r"the following arguments are required: \{train,align,demo\}; see minigold --help"),
+        (
+            [],
+            r"the following arguments are required: \{train,align,generate,eval,demo\}; see minigold --help",
+        ),
         (["train"], "required: --teacher, --student, --prompts, --out; see minigold train --help"),
         (["teach"], "invalid choice: 'teach'"),
         (["tra"], "invalid choice: 'tra'"),
@@ -282,7 +285,7 @@ def test_options_that_are_not_built_are_refused(work: Path, option: str, form: s
 
 @pytest.mark.parametrize("name", COMMANDS_NOT_BUILT)
 def test_commands_that_are_not_built_are_refused(work: Path, name: str) -> None:
-    built = r"\(train, align, demo\)"
+    built = r"\(train, align, generate, eval, demo\)"
     message = rf"a command that this version has {built}, got '{name}', which is not built"
     refused(work, [name, work / "student"], message)
 
@@ -305,7 +308,7 @@ def test_every_option_and_command_of_the_design_is_there_or_refused() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["train", "align", "demo"])
+@pytest.mark.parametrize("name", ["train", "align", "generate", "eval", "demo"])
 def test_help_lists_each_option_once_with_its_default(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

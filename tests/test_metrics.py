@@ -236,7 +236,8 @@ def test_samples_show_each_answer_and_what_was_trained() -> None:
         (2, False, True),
         (3, True, False),
     ]
-    assert set(rows[1]) == {"prompt", "completion", *RESERVED}  # what no extra column can be named
+    own = {"prompt", "completion", "finished"}
+    assert set(rows[1]) == {*own, *RESERVED}  # what no extra column can be named
     assert set(rows[1]) <= {*COLUMNS, *RESERVED}
 
 
@@ -312,8 +313,9 @@ def test_the_audit_warns_of_lost_mass_and_unusual_spellings(
 
 # ------------------------------------------------------------------------------ their page
 def explained() -> list[list[str]]:
-    """Cells of each row of the table in docs/metrics.md, `key` and its explanation."""
-    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
+    """Cells of each row of the first table in docs/metrics.md, `key` and its explanation."""
+    page = PAGE.read_text("utf-8").partition("\n## ")[0]
+    lines = [line for line in page.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
