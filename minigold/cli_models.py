@@ -81,7 +81,7 @@ def _prompt_after_options(generate: argparse.ArgumentParser) -> None:
             found.prompt = more.pop(0)
         return found, more
 
-    generate.parse_known_args = parsed  # type: ignore[method-assign,assignment]
+    generate.parse_known_args = parsed  # type: ignore[method-assign]
 
 
 def _eval_options(commands: Any) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from minigold import sample as sampling
 from minigold.chat import prompt_ids
@@ -39,22 +38,11 @@ from tiny_folders import CHATML, tiny_folder
 from tiny_models import new_decoder, tiny_model
 from tokenizers_for_tests import FAMILIES, MORE_FAMILIES, byte_bpe, sentencepiece_bpe
 
-
-def is_student(make: Callable[[], Tokenizer]) -> bool:
-    try:
-        text_of_ids(make(), [])
-    except ValueError:
-        return False
-    return True
-
-
 ALL = {**FAMILIES, **MORE_FAMILIES}
-STUDENTS = [name for name, make in ALL.items() if is_student(make)]
-READERS = [name for name in ALL if name not in STUDENTS]
 
 
 # ------------------------------------------------------------------- text of ids, one by one
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
 def test_the_parts_are_the_text_and_none_has_half_a_character(name: str, data: Any) -> None:
     tokenizer = ALL[name]()
@@ -91,10 +79,11 @@ def test_a_space_before_the_first_word_stays_and_markers_are_not_said() -> None:
         assert "".join(text.add(i) for i in ids) == " fox"
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_a_tokenizer_that_cannot_write_is_refused(name: str) -> None:
+def test_a_tokenizer_that_cannot_write_is_refused() -> None:
+    reader = Tokenizer.from_str(byte_bpe().to_str())
+    reader.decoder = decoders.CTC()
     with pytest.raises(ValueError, match="can read text"):
-        Utterance(ALL[name]())
+        Utterance(reader)
 
 
 # ----------------------------------------------------------------------------- one answer
@@ -478,13 +467,14 @@ def test_a_terminal_and_other_encodings_are_refused(
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_other_encodings_of_standard_output_lose_nothing(work: Path, encoding: str) -> None:
     """JSON escapes what they cannot write; plain text is escaped as Python does it."""
-    args = ("generate", work / "chat", "--max-new-tokens", "30", "--plain-prompt")
-    env = {**os.environ, "PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-m", "minigold", *map(str, args)]
+    args = ("generate", work / "base", "--max-new-tokens", "40")
 
     def written_by(*more: str | Path) -> bytes:
-        done = subprocess.run([*command, *more], capture_output=True, env=env, check=True)
-        return done.stdout
+        out = io.BytesIO()
+        with redirect_stdout(io.TextIOWrapper(out, encoding=encoding)) as stream:
+            assert main([*map(str, args), *map(str, more)]) == 0
+            stream.detach()
+        return out.getvalue()
 
     lines = written_by("--prompts", work / "texts.jsonl").decode(encoding).splitlines()
     want = run(*args, "--prompts", work / "texts.jsonl").out.splitlines()
@@ -504,7 +494,7 @@ from minigold import cli, model
 forward = model.Decoder.forward
 
 def slow(*args):
-    time.sleep(0.1)
+    time.sleep(0.05)
     return forward(*args)
 
 model.Decoder.forward = slow
