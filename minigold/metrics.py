@@ -183,11 +183,16 @@ def _per_byte(rollouts: Sequence[Rollout]) -> float | None:
 
 
 def gap_and_bytes(rollout: Rollout) -> tuple[float, int]:
-    """Sum of l_s - l_t over the scorable text chunks in nats, and their bytes."""
+    """Sum of l_s - l_t over the scorable text chunks in nats, and their bytes.
+
+    With identical tokenizers the tokens of one broken character are chunks that share its bytes.
+    """
     r = rollout
     text_C = r.scorable_C & (r.chunks.end > r.chunks.start)
     gap_C = r.student_logp_C - r.teacher_logp_C
-    return float(gap_C[text_C].sum()), int((r.chunks.end - r.chunks.start)[text_C].sum())
+    before_C = np.maximum.accumulate(np.append(0, r.chunks.end)[:-1])
+    bytes_C = (r.chunks.end - np.maximum(r.chunks.start, before_C)).clip(min=0)
+    return float(gap_C[text_C].sum()), int(bytes_C[text_C].sum())
 
 
 def _peak_memory() -> float:
