@@ -575,14 +575,14 @@ MUTANTS = (
         "minigold/cli_models.py",
         "    sys.stdout.flush()\n",
         "",
-        "tests/test_generate.py -k process",
+        "tests/test_generate.py",
     ),
     # checkpoints in the order of their names
     Mutant(
         "minigold/cli_models.py",
         "newest = max(found, key=lambda path: int(path.name[5:]), default=None)",
         "newest = max(found, key=lambda path: path.name, default=None)",
-        "tests/test_generate.py -k run",
+        "tests/test_generate.py",
     ),
     # an answer that was cut off is taught to end there
     Mutant(

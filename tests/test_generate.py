@@ -502,7 +502,10 @@ sys.exit(cli.main(sys.argv[1:]))
 """
     args = ("generate", work / "chat", "hello", "--max-new-tokens", "30")
     command = [sys.executable, "-c", code, *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env
+    ) as process:
         assert process.stdout is not None
         first = os.read(process.stdout.fileno(), 1000)
         assert process.poll() is None
