@@ -13,10 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 import minigold
-from minigold import cli_align
+from minigold import cli_align, cli_models
+from minigold.cli_models import find_device, find_dtype
 from minigold.config import NOT_BUILT, Config, option_name
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
@@ -27,8 +26,8 @@ from minigold.train import Step, distill
 __all__ = ["main"]
 
 log = logging.getLogger("minigold")
-COMMANDS = ("train", "align", "report", "demo")
-COMMANDS_NOT_BUILT = ("generate", "eval", "score")
+COMMANDS = ("train", "align", "generate", "eval", "report", "demo")
+COMMANDS_NOT_BUILT = ("score",)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar=metavar, parser_class=_Parser)
     _train_options(commands)
     cli_align.options(commands)
+    cli_models.options(commands)
     _report_options(commands)
     demo = commands.add_parser("demo", help="the main job in three minutes on two CPU cores")
     demo.add_argument(
@@ -200,30 +200,3 @@ def step_line(metrics: dict[str, Any], steps: int) -> str:
         + (f"ended {ended:.2f}  " if ended is not None else "")
         + f"{metrics['seconds']:.1f} s"
     )
-
-
-def find_device(name: str) -> torch.device:
-    """`auto`: cuda, else mps, else cpu.
-
-    Raises:
-        ValueError: a name that torch does not know, or a device that is not there.
-    """
-    if name == "auto":
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(
-            f"expected --device auto, cuda, mps or cpu on this machine, got {name!r} "
-            f"({str(error).splitlines()[0][:80]})"
-        ) from error
-    return device
-
-
-def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on cuda, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -19,10 +19,10 @@ from typing import Any
 __all__ = ["Message", "Prompt", "check_target", "parse_object", "read_prompts", "write_whole"]
 
 Message = dict[str, Any]
-COLUMNS = ("prompt", "messages", "completion", "teacher_prompt", "answer")
+COLUMNS = ("prompt", "messages", "completion", "finished", "teacher_prompt", "answer")
 RESERVED = (  # what samples.jsonl has beside the columns of the prompt
-    "step", "line", "finished", "on_policy", "student_ids", "teacher_ids", "chunks", "acceptance",
-    "trained", "student_spans", "teacher_best",
+    "step", "line", "on_policy", "student_ids", "teacher_ids", "chunks", "acceptance", "trained",
+    "student_spans", "teacher_best",
 )  # fmt: skip
 
 
@@ -37,6 +37,7 @@ class Prompt:
         answer: the right answer, for evaluation.
         extra: other columns, as they are.
         line: number in the file, from 1; 0 if it came from no file.
+        finished: the completion ends where its text ends; False if it was cut off there.
 
     Raises:
         ValueError: an extra column that has the name of one of minigold's own.
@@ -48,6 +49,7 @@ class Prompt:
     answer: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     line: int = 0
+    finished: bool = True
 
     def __post_init__(self) -> None:
         taken = [key for key in self.extra if key in (*COLUMNS, *RESERVED)]
@@ -62,8 +64,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts of a JSON lines file, in order.
 
     A line is an object with `prompt` (text or messages), or `messages`, whose last assistant turn
-    is the completion; and optionally `completion`, `teacher_prompt` and `answer`. A column whose
-    value is null is as good as absent.
+    is the completion; and optionally `completion`, `finished` (false for a completion that was cut
+    off), `teacher_prompt` and `answer`. A column whose value is null is as good as absent.
 
     Raises:
         FileNotFoundError: no such file.
@@ -197,7 +199,16 @@ def _prompt(row: Mapping[str, Any], number: int) -> Prompt:
         _text(given["answer"], "answer"),
         {key: value for key, value in row.items() if key not in COLUMNS},
         number,
+        _finished(given["finished"], completion),
     )
+
+
+def _finished(value: Any, completion: str | None) -> bool:
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"expected finished to be true or false, got {_kind(value)}; correct it")
+    if value is not None and completion is None:
+        raise ValueError("expected a completion beside finished, got none; remove finished")
+    return value is not False
 
 
 def _told(value: Any, column: str) -> str | list[Message]:

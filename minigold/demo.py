@@ -19,16 +19,14 @@ from typing import Any, Protocol
 import torch
 
 from minigold.batch import Rollout
-from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.demo_task import held_out, prompts
 from minigold.disagree import acceptance
+from minigold.evaluate import exact_matches
 from minigold.load import LanguageModel, load
-from minigold.offsets import text_of_ids
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
-from minigold.sample import sample
 from minigold.train import Step, distill
 
 __all__ = ["DEMO", "accuracy", "demo_models", "marked", "one_thread", "run_demo"]
@@ -111,15 +109,7 @@ def run_demo(
 
 def accuracy(model: LanguageModel, rows: Sequence[Prompt], *, plain: bool) -> float:
     """Exact match (0-1) of greedy answers."""
-    answers = sample(
-        model.decoder,
-        [prompt_ids(model, p.prompt, plain=plain) for p in rows],
-        max_new_tokens=DEMO.max_new_tokens,
-        eos_ids=model.eos_ids,
-        temperature=0,
-    )
-    texts = [text_of_ids(model.tokenizer, a.ids[:-1] if a.finished else a.ids) for a in answers]
-    right = [t.strip() == (p.answer or "").strip() for t, p in zip(texts, rows, strict=True)]
+    right = exact_matches(model, rows, plain=plain, max_new_tokens=DEMO.max_new_tokens)
     return sum(right) / len(right)
 
 

@@ -25,7 +25,7 @@ from minigold.pair import Pair
 if TYPE_CHECKING:
     from minigold.train import Step
 
-__all__ = ["audit", "sample_rows", "step_metrics"]
+__all__ = ["audit", "gap_and_bytes", "sample_rows", "step_metrics"]
 
 log = logging.getLogger("minigold")
 OTHER_LIMIT = 0.02
@@ -195,12 +195,21 @@ def _masses(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
 
 def _per_byte(rollouts: Sequence[Rollout]) -> float | None:
     """Sum of l_s - l_t over the bytes of scorable text chunks, in nats per byte."""
-    gap, n_bytes = 0.0, 0
-    for r in rollouts:
-        text_C = r.scorable_C & (r.chunks.end > r.chunks.start)
-        gap += float((r.student_logp_C - r.teacher_logp_C)[text_C].sum())
-        n_bytes += int((r.chunks.end - r.chunks.start)[text_C].sum())
-    return _share(gap, n_bytes)
+    gaps, sizes = zip(*map(gap_and_bytes, rollouts), strict=True) if rollouts else ((), ())
+    return _share(sum(gaps), sum(sizes))
+
+
+def gap_and_bytes(rollout: Rollout) -> tuple[float, int]:
+    """Sum of l_s - l_t over the scorable text chunks in nats, and their bytes.
+
+    With identical tokenizers the tokens of one broken character are chunks that share its bytes.
+    """
+    r = rollout
+    text_C = r.scorable_C & (r.chunks.end > r.chunks.start)
+    gap_C = r.student_logp_C - r.teacher_logp_C
+    before_C = np.maximum.accumulate(np.append(0, r.chunks.end)[:-1])
+    bytes_C = (r.chunks.end - np.maximum(r.chunks.start, before_C)).clip(min=0)
+    return float(gap_C[text_C].sum()), int(bytes_C[text_C].sum())
 
 
 def _peak_memory() -> float:

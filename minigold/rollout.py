@@ -30,13 +30,23 @@ from minigold.teacher import Reading, score
 __all__ = ["collect", "precision", "sample_answers", "seeds_of"]
 
 log = logging.getLogger("minigold")
-DATA, COIN, DRAW, MASK = range(4)  # random streams of a run
+DATA, COIN, DRAW, MASK, EVAL = range(5)  # random streams of a run
 
 
 def sample_answers(
-    pair: Pair, batch: list[Prompt], config: Config, *, number: int
+    pair: Pair,
+    batch: list[Prompt],
+    config: Config,
+    *,
+    number: int,
+    seeds: Sequence[int] | None = None,
 ) -> tuple[list[Answer], list[tuple[Array, Array] | None]]:
-    """Answers of one step, and the student's log-probabilities and measures of those it sampled."""
+    """Answers of one step, and the student's log-probabilities and measures of those it sampled.
+
+    Args:
+        number: of the step; it seeds what is drawn.
+        seeds: one per row, for the answers, in place of the step's own.
+    """
     student, events = pair.student, pair.events
     rows = [prompt for prompt in batch for _ in range(config.rollouts)]
     coins = np.random.default_rng([config.seed, COIN, number]).random(len(rows))
@@ -45,7 +55,7 @@ def sample_answers(
     ]
     ids = [prompt_ids(student, p.prompt, plain=config.student_plain) for p in rows]
     live = [i for i, is_fixed in enumerate(fixed) if not is_fixed]
-    seeds = seeds_of(config.seed, number, DRAW, len(rows))
+    seeds = seeds or seeds_of(config.seed, number, DRAW, len(rows))
 
     def watch(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
         if config.student_temperature != 1:
@@ -74,16 +84,13 @@ def sample_answers(
     side: list[tuple[Array, Array] | None] = []
     for i, prompt in enumerate(rows):
         one = drawn.get(i)
-        fixed_ids = (
-            [] if one else encode_continuation(student.tokenizer, prompt.completion or "")[0]
-        )
         told = prompt.teacher_prompt if prompt.teacher_prompt is not None else prompt.prompt
         answers.append(
             answer_of(
                 prompt,
                 ids[i],
-                one.ids if one else [*fixed_ids, student.end_id],
-                finished=one.finished if one else True,
+                one.ids if one else _fixed_ids(student, prompt),
+                finished=one.finished if one else prompt.finished,
                 on_policy=one is not None,
                 teacher_prompt_ids=prompt_ids(pair.teacher, told, plain=config.teacher_plain),
                 student_tokenizer=student.tokenizer,
@@ -97,6 +104,12 @@ def sample_answers(
             (watched[:, 5].numpy(), watched[:, :5].numpy()) if watched is not None else None
         )
     return answers, side
+
+
+def _fixed_ids(student: LanguageModel, prompt: Prompt) -> list[int]:
+    """Of a completion, and of its end if it has one: what was cut off is not taught to end there."""
+    ids = encode_continuation(student.tokenizer, prompt.completion or "")[0]
+    return [*ids, student.end_id] if prompt.finished else ids
 
 
 def collect(

@@ -574,6 +574,99 @@ MUTANTS = (
         "tests/test_cost.py",
     ),
     # the dry run reads the weights
+    # the begin of a character is said as a broken one
+    Mutant(
+        "minigold/generate.py",
+        "return self.decoder.decode(self.token_bytes[token])",
+        "return self.decoder.decode(self.token_bytes[token], final=True)",
+        "tests/test_generate.py",
+    ),
+    # tokens behind the end are said, where they are looked at together
+    Mutant(
+        "minigold/generate.py",
+        "ended = ended or token in model.eos_ids",
+        "ended = token in model.eos_ids",
+        "tests/test_generate.py",
+    ),
+    # a character that the limit cut is a line's last
+    Mutant(
+        "minigold/generate.py",
+        "text.close() * completion.finished",
+        "text.close()",
+        "tests/test_generate.py",
+    ),
+    # text stays in a buffer until the process ends
+    Mutant(
+        "minigold/cli_models.py",
+        "    sys.stdout.flush()\n",
+        "",
+        "tests/test_generate.py",
+    ),
+    # checkpoints in the order of their names
+    Mutant(
+        "minigold/cli_models.py",
+        "newest = max(found, key=lambda path: int(path.name[5:]), default=None)",
+        "newest = max(found, key=lambda path: path.name, default=None)",
+        "tests/test_generate.py",
+    ),
+    # an answer that was cut off is taught to end there
+    Mutant(
+        "minigold/rollout.py",
+        "return [*ids, student.end_id] if prompt.finished else ids",
+        "return [*ids, student.end_id]",
+        "tests/test_generate.py",
+    ),
+    # fixed completions at the share that the student should sample
+    Mutant(
+        "minigold/rollout.py",
+        "c >= config.lmbda",
+        "c < config.lmbda",
+        "tests/test_generate.py",
+    ),
+    # the divergence of the other side
+    Mutant("minigold/evaluate.py", "beta=0.0,", "beta=1.0,", "tests/test_evaluate.py"),
+    # what a prompt adds on top and below is drawn apart
+    Mutant(
+        "minigold/evaluate.py",
+        "top_P[drawn].sum() / bottom_P[drawn].sum()",
+        "top_P[drawn].sum() / bottom_P[rng.integers(n, size=n)].sum()",
+        "tests/test_evaluate.py",
+    ),
+    # an interval of half the level
+    Mutant(
+        "minigold/evaluate.py",
+        "[(1 - level) / 2, (1 + level) / 2]",
+        "[1 - level, level]",
+        "tests/test_evaluate.py",
+    ),
+    # nats for bits
+    Mutant(
+        "minigold/evaluate.py",
+        "/ math.log(2)",
+        "/ 1",
+        "tests/test_evaluate.py",
+    ),
+    # every batch draws the numbers of the first
+    Mutant(
+        "minigold/evaluate.py",
+        "settings, seeds[some])",
+        "settings, seeds[: len(prompts[some])])",
+        "tests/test_evaluate.py",
+    ),
+    # the student stays in eval mode
+    Mutant(
+        "minigold/evaluate.py",
+        "decoder.train(was)",
+        "pass",
+        "tests/test_evaluate.py",
+    ),
+    # bytes of a broken character count once for each of its tokens
+    Mutant(
+        "minigold/metrics.py",
+        "np.maximum(r.chunks.start, before_C)",
+        "r.chunks.start",
+        "tests/test_evaluate.py",
+    ),
     Mutant("minigold/weights.py", "if shapes_only:\n", "if False:\n", "tests/test_cli.py"),
     # a run may be asked for below a file
     Mutant("minigold/cli.py", "if not found.is_dir():", "if False:", "tests/test_cli.py"),

@@ -230,7 +230,7 @@ def test_ids_beyond_the_embedding_are_warned_about_first(
     [
         (
             [],
-            r"the following arguments are required: \{train,align,report,demo\}; see minigold --help",
+            r"the following arguments are required: \{train,align,generate,eval,report,demo\}; see minigold --help",
         ),
         (["train"], "required: --teacher, --student, --prompts, --out; see minigold train --help"),
         (["teach"], "invalid choice: 'teach'"),
@@ -285,7 +285,7 @@ def test_options_that_are_not_built_are_refused(work: Path, option: str, form: s
 
 @pytest.mark.parametrize("name", COMMANDS_NOT_BUILT)
 def test_commands_that_are_not_built_are_refused(work: Path, name: str) -> None:
-    built = r"\(train, align, report, demo\)"
+    built = r"\(train, align, generate, eval, report, demo\)"
     message = rf"a command that this version has {built}, got '{name}', which is not built"
     refused(work, [name, work / "student"], message)
 
@@ -308,7 +308,7 @@ def test_every_option_and_command_of_the_design_is_there_or_refused() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["train", "align", "report", "demo"])
+@pytest.mark.parametrize("name", ["train", "align", "generate", "eval", "report", "demo"])
 def test_help_lists_each_option_once_with_its_default(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

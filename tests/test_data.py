@@ -52,6 +52,12 @@ def line_of(row: Any) -> bytes:
         ({"messages": [USER], "completion": "b"}, {"prompt": [USER], "completion": "b"}),
         ({"prompt": "a", "completion": ""}, {"prompt": "a", "completion": ""}),
         ({"prompt": "a", "completion": None, "messages": None, "answer": None}, {"prompt": "a"}),
+        ({"prompt": "a", "completion": "b", "finished": True}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": "a", "completion": "", "finished": False},
+         {"prompt": "a", "completion": "", "finished": False}),
+        ({"messages": [USER, ASSISTANT], "finished": False},
+         {"prompt": [USER], "completion": "Hello", "finished": False}),
+        ({"prompt": "a", "finished": None}, {"prompt": "a"}),
         ({"prompt": "a", "teacher_prompt": "b", "answer": "c"},
          {"prompt": "a", "teacher_prompt": "b", "answer": "c"}),
         ({"prompt": "a", "teacher_prompt": [USER]}, {"prompt": "a", "teacher_prompt": [USER]}),
@@ -133,6 +139,9 @@ BAD = [
      "expected the last assistant turn's content to be text, got a list of 1"),
     ({"messages": [USER, {**ASSISTANT, "reasoning_content": "hm"}]},
      "expected role and content alone in the last assistant turn, got 'reasoning_content' too"),
+    ({"prompt": "a", "completion": "b", "finished": 0}, "expected finished to be true or false, got 0"),
+    ({"prompt": "a", "completion": "b", "finished": "no"}, 'finished to be true or false, got "no"; cor'),
+    ({"prompt": "a", "finished": False}, "expected a completion beside finished, got none; remove fin"),
     ({"prompt": "a", "step": 1}, "expected extra columns with names that samples.jsonl does not use"),
 ]  # fmt: skip
 

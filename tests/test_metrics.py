@@ -250,7 +250,8 @@ def test_samples_show_each_answer_and_what_was_trained() -> None:
         (2, False, True),
         (3, True, False),
     ]
-    assert set(rows[1]) == {"prompt", "completion", *RESERVED}  # what no extra column can be named
+    own = {"prompt", "completion", "finished"}
+    assert set(rows[1]) == {*own, *RESERVED}  # what no extra column can be named
     assert set(rows[1]) <= {*COLUMNS, *RESERVED}
 
 
@@ -348,7 +349,7 @@ def test_the_page_names_each_reason_that_a_chunk_is_unscorable() -> None:
 
 
 def test_the_page_explains_each_key_of_the_samples() -> None:
-    table = PAGE.read_text("utf-8").partition("\n## ")[2]
+    table = PAGE.read_text("utf-8").split("\n## ")[1]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     keys = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
-    assert sorted(keys) == sorted({"prompt", "completion", *RESERVED})
+    assert sorted(keys) == sorted({"prompt", "completion", "finished", *RESERVED})
