@@ -15,12 +15,14 @@ Read the files in the order of the data; each imports only from files above it:
     config, data, chat, rope, families, weights, load, pair, batch, rollout    the edges of the loop
     masked      rollouts -> the chunks to train, and the gradient there
     metrics     what a step did, in numbers
+    watch       those numbers -> what goes wrong
+    checkpoint  the folder of a run: what goes in, and how a run comes out again
     train       everything -> steps, metrics, a trained student
     cost        the sizes of a run -> parameters, bytes, operations
     dry_run     two models without weights and prompts -> what a run would cost
     compare     two tokenizers and a text -> how their tokens line up
     picture, page    the same, drawn for a terminal and for a browser
-    demo, cli_align, cli    the demo and the command line
+    demo, cli_align, stop, cli    the demo and the command line
 
 Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
 
@@ -60,8 +62,8 @@ __version__ = "0.1.0"
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "model", "sample", "teacher", "disagree", "loss", "config",
     "data", "chat", "rope", "families", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
-    "train", "cost", "dry_run", "compare", "picture", "page", "demo_task", "demo",
-    "cli_align", "cli",
+    "watch", "checkpoint", "train", "cost", "dry_run", "compare", "picture", "page", "demo_task", "demo",
+    "cli_align", "stop", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 
