@@ -307,12 +307,12 @@ def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     flat = [{**one, **one["versions"]} for one in (was, now)]
     for one in flat:
         one["device"] = str(one.get("device")).partition(":")[0]  # which of several does not matter
-    options = {*(f.name for f in fields(Config)), "student", "teacher", "device"}
+    options = {*(f.name for f in fields(Config)), "student", "teacher", "device", "prompts_sha256"}
     other = []
     for name in {**flat[0], **flat[1]}:
         old, new = (one.get(name) for one in flat)
         if old != new and name not in ("versions", *FREE):
-            told = option_name(name) if name in options else name
+            told = option_name(name.removesuffix("_sha256")) if name in options else name
             other.append(f"{told} ({old} then, {new} now)")
     if other:
         raise ValueError(
