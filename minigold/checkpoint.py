@@ -98,8 +98,12 @@ class Run:
                 }
                 (part / MANIFEST).write_text(_json(manifest), encoding="utf-8")
             self.last = folder
-            for old in checkpoints_of(self.out)[self.keep :]:
-                _remove(old)
+            self.drop_oldest()
+
+    def drop_oldest(self) -> None:
+        """Removes all checkpoints but the newest `keep`."""
+        for old in checkpoints_of(self.out)[self.keep :]:
+            _remove(old)
 
     def finish(self) -> None:
         """Writes final/, unless the run was finished before."""
@@ -276,10 +280,10 @@ def _restore(run: Run, steps: int) -> None:
     for name, size in sizes.items():
         if (run.out / name).exists():
             os.truncate(run.out / name, size)
-    dropped = [*checkpoints_of(run.out), *(run.out / "failed").glob("step-*.json")]
-    for path in dropped:
-        if _number(path) > done:
-            _remove(path)
+    found = [*checkpoints_of(run.out), *(run.out / "failed").glob("step-*.json")]
+    for path in (path for path in found if _number(path) > done):
+        _remove(path)
+    run.drop_oldest()
     log.info("%s goes on after step %d of %d", run.out, done, steps)
 
 

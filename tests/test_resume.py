@@ -33,6 +33,7 @@ from minigold.train import Step, adamw, distill
 from tiny_folders import tiny_folder
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
+pytestmark = pytest.mark.unwatched
 VARYING = {"seconds", "seconds_sample", "seconds_teacher", "seconds_train", "peak_memory_gib"}
 SETTINGS: dict[str, Any] = {
     "steps": 5, "batch_size": 2, "rollouts": 2, "max_new_tokens": 8, "lr": 0.01, "warmup": 1,
@@ -90,7 +91,9 @@ def whole(work: Path) -> dict[str, Any]:
     found = outcome(work / "whole")
     assert {"samples.jsonl", "final/model.safetensors", "checkpoints/step-5/optimizer.safetensors",
             "checkpoints/step-4/model.safetensors"} < set(found)  # fmt: skip
-    first, last = (load_file(work / place / "model.safetensors") for place in ("student", "whole/final"))
+    first, last = (
+        load_file(work / place / "model.safetensors") for place in ("student", "whole/final")
+    )
     assert any(not torch.equal(first[name], last[name]) for name in first)
     on_policy = [json.loads(row)["on_policy"] for row in found["samples.jsonl"].splitlines()]
     assert set(on_policy) == {True, False}
@@ -105,33 +108,6 @@ def stopped(work: Path, out: Path, after: int, config: Config = CONFIG) -> None:
     assert not (out / "final").exists()
 
 
-# ------------------------------------------------------------------------------------- kill
-def killed(work: Path, tmp_path: Path, seed: int, kills: int) -> None:
-    script = Path(__file__).parent / "killed_run.py"
-    done = subprocess.run(
-        [sys.executable, script, str(seed), str(kills), tmp_path, *arguments(work, steps=4)],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    names = done.stdout.splitlines()[-1].split()
-    assert names[0] == "whole" and len(names) > 1
-    for name in names[1:]:
-        assert_same(tmp_path / name, outcome(tmp_path / "whole"))
-
-
-def test_a_run_killed_at_five_moments_ends_as_if_it_had_not_been(
-    work: Path, tmp_path: Path
-) -> None:
-    killed(work, tmp_path, seed=1, kills=5)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_fifty_moments_ends_as_if_it_had_not_been(
-    work: Path, tmp_path: Path
-) -> None:
-    killed(work, tmp_path, seed=2, kills=50)
-
-
 # ------------------------------------------------------------------------------ being asked to
 def test_a_run_stopped_after_each_of_its_steps_is_the_same(
     work: Path, tmp_path: Path, whole: dict[str, Any]
@@ -142,8 +118,12 @@ def test_a_run_stopped_after_each_of_its_steps_is_the_same(
         history = train(work, tmp_path, config, resume=True, on_step=seen.append, stop=lambda: True)
         assert [row["step"] for row in history] == list(range(1, done + 1))
         assert [step.metrics["step"] for step in seen] == [done]
-    history = train(work, tmp_path, config, resume=True, stop=lambda: True)  # nothing is left to stop
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    history = train(
+        work, tmp_path, config, resume=True, stop=lambda: True
+    )  # nothing is left to stop
+    rows = [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     assert history == rows
     expected = {k: v for k, v in whole.items() if "step-5" not in k}
     found = {k: v for k, v in outcome(tmp_path).items() if "step-3" not in k}
@@ -168,7 +148,9 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(
     out, err = capfd.readouterr()
     assert out == ""
     assert "stopping after this step; once more to end at once\n" in err
-    assert re.search(r"stopped after step 2 of 5, with a checkpoint; .* the same command .*--res", err)
+    assert re.search(
+        r"stopped after step 2 of 5, with a checkpoint; .* the same command .*--res", err
+    )
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert [p.name for p in checkpoints_of(tmp_path / "run")] == ["step-2", "step-1"]
     monkeypatch.undo()
@@ -357,7 +339,9 @@ def half_done(work: Path) -> Path:
     return work / "half"
 
 
-@pytest.mark.parametrize(("name", "tear", "message"), TEARS, ids=[f"{t[0]} {t[2][-9:]}" for t in TEARS])
+@pytest.mark.parametrize(
+    ("name", "tear", "message"), TEARS, ids=[f"{t[0]} {t[2][-9:]}" for t in TEARS]
+)
 def test_a_torn_checkpoint_is_passed_over(
     work: Path, half_done: Path, tmp_path: Path, whole: dict[str, Any], name: str,
     tear: Callable[[Path], object], message: str, caplog: pytest.LogCaptureFixture,
@@ -412,7 +396,9 @@ def test_torn_checkpoints_alone_are_refused_and_left_as_they_are(
     shutil.copytree(half_done, out)
     (out / "metrics.jsonl").unlink()
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=r"expected a whole checkpoint in .*, got torn ones alone; put"):
+    with pytest.raises(
+        ValueError, match=r"expected a whole checkpoint in .*, got torn ones alone; put"
+    ):
         train(work, out, resume=True)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
@@ -422,7 +408,9 @@ def test_lines_of_other_steps_are_refused(work: Path, half_done: Path, tmp_path:
     shutil.copytree(half_done, out)
     text = (out / "metrics.jsonl").read_text("utf-8")
     (out / "metrics.jsonl").write_text(text.replace('"step": 2', '"step": 7'), "utf-8")
-    with pytest.raises(ValueError, match="expected the lines of steps 1 to 3 in .*, got 3 others; put"):
+    with pytest.raises(
+        ValueError, match=r"expected the lines of steps 1 to 3 in .*, got 3 others; put"
+    ):
         train(work, out, resume=True)
     (out / "metrics.jsonl").write_text(text.replace('"step": 2', '"step": x'), "utf-8")
     with pytest.raises(ValueError, match=r"metrics.jsonl: expected one JSON object"):
@@ -447,7 +435,10 @@ def test_weights_of_sixteen_bits_come_back_as_they_were(work: Path, tmp_path: Pa
     for out, stops in ((tmp_path / "whole", False), (tmp_path / "parts", True)):
         for resume in (False, True)[: 1 + stops]:
             student = mg.load(work / "student", dtype=torch.bfloat16)
-            teacher, prompts = mg.load(work / "teacher"), mg.data.read_prompts(work / "prompts.jsonl")
+            teacher, prompts = (
+                mg.load(work / "teacher"),
+                mg.data.read_prompts(work / "prompts.jsonl"),
+            )
             distill(student, teacher, prompts, dataclasses.replace(CONFIG, steps=2), out=out,
                     resume=resume, stop=lambda stops=stops, resume=resume: stops and not resume)  # fmt: skip
         runs.append(outcome(out))
@@ -495,6 +486,18 @@ def test_the_newest_checkpoints_stay(
         check_whole(folder)
 
 
+def test_a_checkpoint_that_should_have_gone_goes_on_resume(
+    work: Path, half_done: Path, tmp_path: Path
+) -> None:
+    """The process was killed when the new one was whole and the oldest not yet removed."""
+    out = tmp_path / "run"
+    shutil.copytree(half_done, out)
+    assert [p.name for p in checkpoints_of(out)] == ["step-3", "step-2"]
+    config = dataclasses.replace(CONFIG, keep=1, save_every=0)
+    train(work, out, config, resume=True)
+    assert [p.name for p in checkpoints_of(out)] == ["step-3"]
+
+
 def test_nothing_goes_before_the_new_checkpoint_is_whole(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,7 +514,9 @@ def test_nothing_goes_before_the_new_checkpoint_is_whole(
 
 
 # ----------------------------------------------------------------------- which folder, which run
-def test_a_new_or_empty_folder_begins_a_run(work: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_a_new_or_empty_folder_begins_a_run(
+    work: Path, tmp_path: Path, whole: dict[str, Any]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / ".config.json.part").write_text("{", "utf-8")
@@ -534,7 +539,9 @@ def test_a_run_without_a_checkpoint_begins_again(
 
 def test_another_folder_is_refused(work: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", "utf-8")
-    with pytest.raises(ValueError, match="to be a run's folder, or a new or empty one, got .* no config"):
+    with pytest.raises(
+        ValueError, match=r"to be a run's folder, or a new or empty one, got .* no config"
+    ):
         train(work, tmp_path, resume=True)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -634,7 +641,9 @@ def test_other_models_prompts_and_versions_are_refused_and_what_changes_no_numbe
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "hello!"}', '{"prompt": "hello", "id": 8}'])
-def test_other_prompts_are_told_apart(work: Path, half_done: Path, line: str, tmp_path: Path) -> None:
+def test_other_prompts_are_told_apart(
+    work: Path, half_done: Path, line: str, tmp_path: Path
+) -> None:
     lines = (work / "prompts.jsonl").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "p.jsonl").write_text("".join([f"{line}\n", *lines[1:]]), "utf-8")
     student, teacher = mg.load(work / "student"), mg.load(work / "teacher")
