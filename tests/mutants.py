@@ -551,7 +551,7 @@ MUTANTS = (
     # the dry run reads the weights
     Mutant("minigold/weights.py", "if shapes_only:\n", "if False:\n", "tests/test_cli.py"),
     # a run may be asked for below a file
-    Mutant("minigold/cli.py", "if not found.is_dir():", "if False:", "tests/test_cli.py"),
+    Mutant("minigold/checkpoint.py", "if not found.is_dir():", "if False:", "tests/test_cli.py"),
     # ---- resume
     # moments start again from nothing
     Mutant(
