@@ -220,15 +220,15 @@ def set_moments(
     decoder: torch.nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]
 ) -> None:
     """Puts back what `moments` gave."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for known, value in stored.items():
+        key, _, name = known.partition(".")
+        by_name.setdefault(name, {})[key] = value.clone()
     names = {parameter: name for name, parameter in decoder.named_parameters()}
-    whole = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, parameter in enumerate(parameters):
-        end = f".{names[parameter]}"
-        own = {k.removesuffix(end): v.clone() for k, v in stored.items() if k.endswith(end)}
-        if own:
-            whole["state"][i] = own
-    optimizer.load_state_dict(whole)
+    state = {i: by_name.get(names[p]) for i, p in enumerate(parameters)}
+    whole = optimizer.state_dict() | {"state": {i: own for i, own in state.items() if own}}
+    optimizer.load_state_dict(whole)  # it moves each value to where this optimizer wants it
 
 
 def checkpoints_of(out: Path) -> list[Path]:
@@ -308,6 +308,11 @@ def _newest_whole(run: Run) -> dict[str, Any] | None:
 
 def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Refuses to go on with other settings, each one named."""
+    if "prompts_sha256" not in was:
+        raise ValueError(
+            f"expected --out to be a run's folder, got {out}, whose config.json is not that of a run "
+            "which can go on; name another"
+        )
     flat = [{**one, **one["versions"]} for one in (was, now)]
     for one in flat:
         one["device"] = str(one.get("device")).partition(":")[0]  # which of several does not matter

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 __all__ = ["StopRequest", "asked_to_stop"]
@@ -41,7 +41,8 @@ def asked_to_stop() -> Iterator[StopRequest]:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         request.signal = number
         # not by a logger: the signal may have come in the middle of one of its lines
-        os.write(2, b"stopping after this step; once more to end at once\n")
+        with suppress(OSError):  # nobody may be reading
+            os.write(2, b"stopping after this step; once more to end at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -498,6 +498,24 @@ def test_a_checkpoint_that_should_have_gone_goes_on_resume(
     assert [p.name for p in checkpoints_of(out)] == ["step-3"]
 
 
+def test_what_has_its_name_is_whole_while_the_next_is_written(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    save_decoder = checkpoint.save_decoder
+
+    def look(*args: Any, **more: Any) -> None:
+        save_decoder(*args, **more)
+        there = checkpoints_of(tmp_path)
+        for folder in there:
+            check_whole(folder)
+        seen.append([p.name for p in (*there, *tmp_path.glob("final"))])
+
+    monkeypatch.setattr(checkpoint, "save_decoder", look)
+    train(work, tmp_path, dataclasses.replace(CONFIG, steps=2))
+    assert seen == [[], ["step-1"], ["step-2", "step-1"]]
+
+
 def test_nothing_goes_before_the_new_checkpoint_is_whole(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -544,6 +562,15 @@ def test_another_folder_is_refused(work: Path, tmp_path: Path) -> None:
     ):
         train(work, tmp_path, resume=True)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_folder_of_a_model_is_refused(work: Path) -> None:
+    before = {p: p.read_bytes() for p in (work / "student").iterdir()}
+    with pytest.raises(
+        ValueError, match=r"whose config.json is not that of a run which can go on; n"
+    ):
+        train(work, work / "student", resume=True)
+    assert {p: p.read_bytes() for p in (work / "student").iterdir()} == before
 
 
 def test_without_resume_a_run_is_left_alone_and_the_way_on_is_told(
