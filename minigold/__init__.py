@@ -19,13 +19,15 @@ Read the files in the order of the data; each imports only from files above it:
     metrics     what a step did, in numbers
     generate    prompts -> answers as text
     evaluate    a pair and prompts -> how near the student is to its teacher
+    watch       those numbers -> what goes wrong
+    checkpoint  the folder of a run: what goes in, and how a run comes out again
     train       everything -> steps, metrics, a trained student
     cost        the sizes of a run -> parameters, bytes, operations
     dry_run     two models without weights and prompts -> what a run would cost
     compare     two tokenizers and a text -> how their tokens line up
     picture, markup, page    the same, drawn for a terminal and for a browser
     history, chart, report    the folder of a run -> a page with its curves and samples
-    demo, cli_align, cli_models, cli    the demo and the command line
+    demo, cli_align, cli_models, stop, cli    the demo and the command line
 
 Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
 
@@ -65,8 +67,8 @@ __version__ = "0.1.0"
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss",
     "config", "data", "chat", "rope", "families", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
-    "generate", "evaluate", "train", "cost", "dry_run", "compare", "picture", "markup", "page", "history",
-    "chart", "report", "demo_task", "demo", "cli_align", "cli_models", "cli",
+    "generate", "evaluate", "watch", "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup",
+    "page", "history", "chart", "report", "demo_task", "demo", "cli_align", "cli_models", "stop", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

@@ -15,12 +15,14 @@ from typing import Any, NoReturn
 
 import minigold
 from minigold import cli_align, cli_models
+from minigold.checkpoint import check_out
 from minigold.cli_models import find_device, find_dtype
 from minigold.config import NOT_BUILT, Config, option_name
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
 from minigold.load import load
 from minigold.report import write_report
+from minigold.stop import asked_to_stop
 from minigold.train import Step, distill
 
 __all__ = ["main"]
@@ -117,6 +119,9 @@ def _train_options(commands: Any) -> None:
                        help="JSON lines with `prompt` (required)")  # fmt: skip
     train.add_argument("--out", required=True, type=Path,
                        help="new or empty folder of the run (required)")  # fmt: skip
+    train.add_argument("--resume", action="store_true", help=(
+        "go on with the run in --out from its last whole checkpoint, as if it had not stopped; a new "
+        "or empty folder begins a run, a finished one stays as it is (default False)"))  # fmt: skip
     train.add_argument("--device", default="auto",
                        help="auto (cuda, else mps, else cpu) or one of them (default auto)")  # fmt: skip
     train.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
@@ -156,7 +161,7 @@ def _train(args: argparse.Namespace) -> None:
     config = Config(**values)
     device = find_device(args.device)
     prompts = read_prompts(args.prompts)
-    _check_out(args.out)
+    check_out(args.out, resume=args.resume)
     dtype = find_dtype(args.dtype, device)
     if args.dry_run:
         pair = load(args.student, device="meta"), load(args.teacher, device="meta", dtype=dtype)
@@ -170,18 +175,18 @@ def _train(args: argparse.Namespace) -> None:
         if step.metrics["step"] % config.log_every == 0:
             log.info(step_line(step.metrics, config.steps))
 
-    history = distill(student, teacher, prompts, config, out=args.out, on_step=show)
+    with asked_to_stop() as stop:
+        history = distill(
+            student, teacher, prompts, config,
+            out=args.out, resume=args.resume, on_step=show, stop=stop,
+        )  # fmt: skip
+    if len(history) < config.steps:
+        log.warning(
+            "stopped after step %d of %d, with a checkpoint; to go on, give the same command with "
+            "--resume", len(history), config.steps,
+        )  # fmt: skip
+        raise SystemExit(128 + stop.signal)  # as a shell tells it
     print(json.dumps({"out": str(args.out), **history[-1]}))
-
-
-def _check_out(out: Path) -> None:
-    """Refuses a folder that is there and not empty, and what can be no folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        kind = "which is not empty" if out.is_dir() else "which is a file"
-        raise ValueError(f"expected --out to be a new or empty folder, got {out}, {kind}")
-    found = next((one for one in out.absolute().parents if one.exists()), out.parent)
-    if not found.is_dir():
-        raise ValueError(f"expected --out to be in a folder, got {out}, but {found.name} is a file")
 
 
 def _demo(args: argparse.Namespace) -> None:

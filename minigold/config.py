@@ -13,11 +13,7 @@ from minigold.events import EVENTS
 __all__ = ["NOT_BUILT", "Config", "option_name"]
 
 NOT_BUILT = {  # options and values of the design that this version does not have yet
-    "--resume": "exact resume",
     "--eval-every": "evaluation during training",
-    "--save-every": "checkpoints during training",
-    "--keep": "checkpoints during training",
-    "--patience": "recovery from failed steps",
     "--config": "TOML configuration files",
 }
 
@@ -61,6 +57,11 @@ class Config:
     seed: int = _opt(0, "of data order, sampling and masks")
     cuda_graphs: bool = _opt(False, "sampling replays recorded steps; on cuda only")
     log_every: int = _opt(1, "steps between lines on the terminal")
+    save_every: int = _opt(50, "steps between checkpoints; 0 makes one only when interrupted")
+    keep: int = _opt(2, "newest checkpoints that stay; the disk needs room for one more")
+    patience: int = _opt(
+        3, "failed steps in a row (loss or gradient not finite) that end the run; 1 is the first"
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -69,9 +70,11 @@ class Config:
             fits = fits and isinstance(value, bool) == (kind is bool)
             self._require(f.name, fits, f"of type {kind.__name__}")
         counts = ("steps", "batch_size", "rollouts", "micro_batch", "max_new_tokens", "log_every")
-        for name in counts:
+        for name in (*counts, "keep", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("top_k", "warmup", "weight_decay", "clip", "seed", "temperature"):
+        for name in (
+            "top_k", "warmup", "weight_decay", "clip", "seed", "temperature", "save_every"
+        ):  # fmt: skip
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("beta", "max_overhang", "threshold", "fraction", "lmbda"):
             self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")

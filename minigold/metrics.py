@@ -8,6 +8,7 @@ to measure.
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -25,12 +26,13 @@ from minigold.pair import Pair
 if TYPE_CHECKING:
     from minigold.train import Step
 
-__all__ = ["audit", "gap_and_bytes", "sample_rows", "step_metrics"]
+__all__ = ["audit", "gap_and_bytes", "plain", "sample_rows", "step_metrics"]
 
 log = logging.getLogger("minigold")
 OTHER_LIMIT = 0.02
 NONCANONICAL_LIMIT = 0.1
 OVERHANG_SHOWN = 0.2
+RUN = 4  # tokens in a row that `repetition` looks for again
 
 
 def step_metrics(
@@ -64,6 +66,7 @@ def step_metrics(
         **_masses(rollouts),
         "overhang_fraction": _overhanging(rollouts),
         "noncanonical_share": _noncanonical(sampled),
+        "repetition": _repetition(sampled),
         "reverse_kl_per_byte": _per_byte(sampled) if config.pure else None,
         "completion_tokens": tokens,
         "completion_bytes": sum(len(r.answer.text.encode("utf-8")) for r in rollouts),
@@ -92,9 +95,9 @@ def sample_rows(number: int, step: Step, pair: Pair) -> list[dict[str, Any]]:
             "student_spans": r.answer.spans,
             "teacher_ids": r.answer.teacher_ids,
             "chunks": np.stack(r.chunks, axis=1).tolist(),
-            "acceptance": [round(float(a), 6) for a in accepted],
+            "acceptance": plain([round(float(a), 6) for a in accepted]),
             "trained": mask.tolist(),
-            "teacher_best": _best(r, pair),
+            "teacher_best": plain(_best(r, pair)),
             **r.answer.prompt.extra,
         }
         for r, accepted, mask in zip(step.rollouts, step.acceptance, step.chosen, strict=True)
@@ -145,6 +148,19 @@ def audit(rollouts: Sequence[Rollout], events: Events) -> str:
     return text
 
 
+def plain(value: Any) -> Any:
+    """The same dicts and lists, with None for the numbers that JSON does not have.
+
+    >>> plain({"loss": float("nan"), "logp": [-1.0, float("-inf")]})
+    {'loss': None, 'logp': [-1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
@@ -163,6 +179,17 @@ def _overhanging(rollouts: Sequence[Rollout]) -> float | None:
 def _noncanonical(sampled: Sequence[Rollout]) -> float | None:
     tokens = sum(len(r.answer.ids) for r in sampled)
     return _share(sum(r.answer.noncanonical for r in sampled), tokens)
+
+
+def _repetition(sampled: Sequence[Rollout]) -> float | None:
+    """Share of the runs of four tokens that stood before in the same answer."""
+    n_runs = n_different = 0
+    for r in sampled:
+        ids = r.answer.ids
+        runs = [tuple(ids[i : i + RUN]) for i in range(len(ids) - RUN + 1)]
+        n_runs += len(runs)
+        n_different += len(set(runs))
+    return _share(n_runs - n_different, n_runs)
 
 
 def _disagreement(rollouts: Sequence[Rollout], chosen: Sequence[Array]) -> float | None:

@@ -2,28 +2,28 @@
 """Two models and prompts in, a trained student out: the loop, to be read from top to bottom.
 
 A step samples answers, lets the teacher read them, aligns both sides, chooses the chunks where
-the teacher disagrees, and trains the student there. Numbers go to `metrics.py`.
+the teacher disagrees, and trains the student there. Numbers go to `metrics.py`, what outlives the
+process to `checkpoint.py`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import minigold
 from minigold import metrics as measured
 from minigold.batch import Array, Rollout
 from minigold.chat import prompt_ids
+from minigold.checkpoint import open_run
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.load import LanguageModel
@@ -31,7 +31,7 @@ from minigold.masked import acceptance_of, choose_chunks, train_pass
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
-from minigold.weights import save_decoder
+from minigold.watch import collapses, failed_in_a_row, finite
 
 __all__ = ["Config", "Step", "check_prompts", "distill"]
 
@@ -40,12 +40,17 @@ log = logging.getLogger("minigold")
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did: rollouts, the acceptance of each chunk, and the chunks trained."""
+    """What one step did: rollouts, the acceptance of each chunk, and the chunks trained.
+
+    Args:
+        wrong: what was not finite, in words; "" if all was.
+    """
 
     metrics: dict[str, Any]
     rollouts: list[Rollout]
     acceptance: list[Array]
     chosen: list[Array]
+    wrong: str = ""
 
 
 def distill(
@@ -55,43 +60,81 @@ def distill(
     config: Config | None = None,
     *,
     out: Path | None = None,
+    resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `student` in place; returns the metrics of each step (see docs/metrics.md).
 
     Args:
-        out: new or empty folder for config.json, metrics.jsonl, samples.jsonl and final/.
-        on_step: called after each step, for progress and for looking at samples.
+        out: new or empty folder for config.json, metrics.jsonl, samples.jsonl, checkpoints/, final/.
+        resume: go on with the run in `out` from its last checkpoint, or begin it. `student` is
+            what it was made from, and ends as if the run had not stopped.
+        on_step: called after each step that did not fail, for progress and for looking at samples.
+        stop: asked after each step but the last; true ends the run early, with a checkpoint.
 
     Raises:
-        ValueError: prompts that do not fit the models or the settings, a folder that is not empty.
-        FloatingPointError: the loss or gradient is not finite; the weights are those before.
+        ValueError: prompts that do not fit the models or the settings, a folder that is not empty
+            or, with `resume`, holds another run.
+        FloatingPointError: loss or gradient were not finite in `patience` steps in a row (the
+            weights are those before), or a weight is not.
+        OSError: the disk is full; the last checkpoint stays good.
     """
     config = config or Config()
+    if resume and out is None:
+        raise ValueError("expected `out` with `resume`, got none; name the folder of the run")
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
-    if out is not None:
-        _open_run(out, pair, config)
     student.decoder.cuda_graphs = config.cuda_graphs
     student.decoder.train()
     student.decoder.requires_grad_(True)
     teacher.decoder.eval()
     optimizer = adamw(student.decoder, config)
-    history = []
-    batches = batches_of(prompts, config)
-    for number in range(1, config.steps + 1):
+    run = open_run(out, pair, optimizer, prompts, config, resume=resume) if out else None
+    history = run.history if run else []
+    batches = islice(batches_of(prompts, config), len(history), None)
+    for number in range(len(history) + 1, config.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, config)
         step = take_step(pair, optimizer, next(batches), config, number=number)
         history.append(step.metrics)
-        if out is not None:
-            _append(out / "metrics.jsonl", [step.metrics])
-            _append(out / "samples.jsonl", measured.sample_rows(number, step, pair))
-        if on_step is not None:
+        if run:
+            run.add(step)
+        _judge(step, history, config, kept=run.kept() if run else "")
+        if on_step and not step.wrong:
             on_step(step)
-    if out is not None:
-        save_decoder(student.decoder, out / "final", source=student.folder)
+        stopping = stop is not None and number < config.steps and stop()
+        if run and (stopping or (config.save_every and number % config.save_every == 0)):
+            run.save(number)
+        if stopping:
+            return history
+    if run:
+        run.finish()
     return history
+
+
+def _judge(step: Step, history: Sequence[dict[str, Any]], config: Config, *, kept: str) -> None:
+    """Warns of a failed step or a collapse, once; ends a run that cannot go on."""
+    number, in_a_row = step.metrics["step"], failed_in_a_row(history)
+    if step.wrong and (in_a_row >= config.patience or not in_a_row):
+        expected = f"a finite loss and gradient within {config.patience} steps (--patience)"
+        raise FloatingPointError(
+            f"step {number}: expected {expected if in_a_row else 'finite weights'}, got {step.wrong}; "
+            + ("the weights are those before; " if in_a_row else "the weights are lost; ")
+            + (f"{kept}; " if kept else "")
+            + "begin a new run with a lower --lr or a higher precision"
+            + (", from a checkpoint (its folder as --student) or from the start" if kept else "")
+        )
+    if step.wrong:
+        log.warning(
+            "step %d failed: %s; no optimizer step is taken; %d of --patience %d in a row",
+            number, step.wrong, in_a_row, config.patience,
+        )  # fmt: skip
+    answers = config.batch_size * config.rollouts
+    before = collapses(history[:-1], answers=answers)
+    for sign, sentence in collapses(history, answers=answers).items():
+        if sign not in before:
+            log.warning("step %d: %s", number, sentence)
 
 
 def learning_rate(number: int, config: Config) -> float:
@@ -145,16 +188,15 @@ def take_step(
     clock.append(time.perf_counter())
     optimizer.zero_grad(set_to_none=True)
     result = train_pass(pair, rollouts, chosen, config)
-    norm = 0.0
+    norm, wrong = 0.0, ""
     if any(mask.any() for mask in result.trained):
         parameters = list(pair.student.decoder.parameters())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
-        if not (math.isfinite(norm) and math.isfinite(result.loss)):
-            raise FloatingPointError(
-                f"step {number}: expected a finite loss and gradient, got {result.loss} and {norm}; "
-                "the weights are those before this step; lower --lr or raise the precision"
-            )
-        optimizer.step()
+        if math.isfinite(norm) and math.isfinite(result.loss):
+            optimizer.step()
+            wrong = "" if finite(parameters) else "NaN or infinite weights after it"
+        else:
+            wrong = f"a loss of {result.loss} and a gradient norm of {norm}"
         optimizer.zero_grad(set_to_none=True)  # room for what sampling and the teacher need
     else:
         log.warning("step %d: no chunk was chosen; no optimizer step is taken", number)
@@ -165,7 +207,8 @@ def take_step(
         rollouts, trained, config, loss=result.loss, work_saved=result.work_saved, clock=clock
     )
     extra = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-    return Step({"step": number, **numbers, **extra}, rollouts, accepted, trained)
+    row = measured.plain({"step": number, **numbers, **extra})
+    return Step(row, rollouts, accepted, trained, wrong)
 
 
 def check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
@@ -215,28 +258,3 @@ def _check_length(
                 f"expected at most {model.context} tokens with the completion and its end, got "
                 f"{size}; shorten the completion"
             )
-
-
-def _open_run(out: Path, pair: Pair, config: Config) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"expected --out to be a new or empty folder, got {out}, which is not empty"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        **asdict(config),
-        "student": pair.student.name,
-        "teacher": pair.teacher.name,
-        "device": str(pair.student.decoder.device),
-        "versions": {
-            "minigold": minigold.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

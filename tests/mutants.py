@@ -573,7 +573,6 @@ MUTANTS = (
         "tables = 0",
         "tests/test_cost.py",
     ),
-    # the dry run reads the weights
     # the begin of a character is said as a broken one
     Mutant(
         "minigold/generate.py",
@@ -667,9 +666,10 @@ MUTANTS = (
         "r.chunks.start",
         "tests/test_evaluate.py",
     ),
+    # the dry run reads the weights
     Mutant("minigold/weights.py", "if shapes_only:\n", "if False:\n", "tests/test_cli.py"),
     # a run may be asked for below a file
-    Mutant("minigold/cli.py", "if not found.is_dir():", "if False:", "tests/test_cli.py"),
+    Mutant("minigold/checkpoint.py", "if not found.is_dir():", "if False:", "tests/test_cli.py"),
     # what the teacher would write is read behind the chunk
     Mutant(
         "minigold/metrics.py",
@@ -739,6 +739,165 @@ MUTANTS = (
         "key.endswith(e) and key.removesuffix(e) in row",
         "key.endswith(e) and key.removesuffix(e) not in row",
         "tests/test_report.py",
+    ),
+    # ---- resume
+    # moments start again from nothing
+    Mutant(
+        "minigold/checkpoint.py",
+        "set_moments(run.pair.student.decoder, run.optimizer, stored)",
+        "stored.clear()",
+        "tests/test_resume.py",
+    ),
+    # weights start again from the student's folder
+    Mutant(
+        "minigold/checkpoint.py",
+        "_load_student(run.pair.student, run.last)\n",
+        "pass\n",
+        "tests/test_resume.py",
+    ),
+    # a file's hash is not looked at
+    Mutant(
+        "minigold/checkpoint.py",
+        "if _described(folder / name) != written:",
+        'if _described(folder / name)["bytes"] != written["bytes"]:',
+        "tests/test_resume.py",
+    ),
+    # a log that ends early is no flaw
+    Mutant(
+        "minigold/checkpoint.py",
+        "if log_file.stat().st_size < size:",
+        "if log_file.stat().st_size < 0:",
+        "tests/test_resume.py",
+    ),
+    # prompts that were read are read again
+    Mutant(
+        "minigold/train.py",
+        "islice(batches_of(prompts, config), len(history), None)",
+        "islice(batches_of(prompts, config), 0, None)",
+        "tests/test_resume.py",
+    ),
+    # lines after the checkpoint stay
+    Mutant(
+        "minigold/checkpoint.py",
+        "os.truncate(run.out / name, size)",
+        "(run.out / name).touch()",
+        "tests/test_resume.py",
+    ),
+    # the checkpoint before goes while the new one is not whole yet
+    Mutant(
+        "minigold/checkpoint.py",
+        "            for name in LOGS:\n                _flush(self.out / name)\n",
+        "            self.keep -= 1\n            self.drop_oldest()\n            self.keep += 1\n",
+        "tests/test_resume.py",
+    ),
+    # a checkpoint is written in its place
+    Mutant(
+        "minigold/checkpoint.py",
+        'part = target.with_name(f".{target.name}{PART}")\n    part.mkdir(parents=True)',
+        "part = target\n    part.mkdir(parents=True)",
+        "tests/test_resume.py",
+    ),
+    # checkpoints that were passed over stay
+    Mutant(
+        "minigold/checkpoint.py",
+        "path for path in found if _number(path) > done",
+        "path for path in found if _number(path) > done and path.is_file()",
+        "tests/test_resume.py",
+    ),
+    # what a process left half done stays
+    Mutant(
+        "minigold/checkpoint.py",
+        '*out.glob(f"*/.*{PART}")):',
+        '*out.glob(f"*/?.*{PART}")):',
+        "tests/test_resume.py",
+    ),
+    # prompts are compared by their number
+    Mutant(
+        "minigold/checkpoint.py",
+        "json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)",
+        "json.dumps(len(prompts))",
+        "tests/test_resume.py",
+    ),
+    # other versions go unnoticed
+    Mutant(
+        "minigold/checkpoint.py",
+        '{**one, **one["versions"]} for one in (was, now)',
+        "{**one} for one in (was, now)",
+        "tests/test_resume.py",
+    ),
+    # a full disk is not told with the way on
+    Mutant(
+        "minigold/checkpoint.py",
+        "except (OSError, SafetensorError) as error:",
+        "except OSError as error:",
+        "tests/test_resume.py",
+    ),
+    # a signal ends the run without a checkpoint
+    Mutant(
+        "minigold/train.py",
+        "if run and (stopping or (config.save_every",
+        "if run and ((config.save_every",
+        "tests/test_resume.py",
+    ),
+    # handlers stay after the run
+    Mutant(
+        "minigold/stop.py",
+        "for number, handler in before.items():",
+        "for number, handler in list(before.items())[1:]:",
+        "tests/test_resume.py",
+    ),
+    # ---- numbers that fail
+    # a gradient of NaN reaches the weights
+    Mutant(
+        "minigold/train.py",
+        "if math.isfinite(norm) and math.isfinite(result.loss):",
+        "if math.isfinite(result.loss):",
+        "tests/test_watch.py",
+    ),
+    # a loss of NaN does
+    Mutant(
+        "minigold/train.py",
+        "if math.isfinite(norm) and math.isfinite(result.loss):",
+        "if math.isfinite(norm):",
+        "tests/test_watch.py",
+    ),
+    # weights are not looked at
+    Mutant(
+        "minigold/train.py",
+        '"" if finite(parameters) else',
+        '"" if parameters else',
+        "tests/test_watch.py",
+    ),
+    # failed steps are counted over the whole run
+    Mutant(
+        "minigold/watch.py",
+        'if row["loss"] is not None and row["grad_norm"] is not None:\n            break',
+        'if row["loss"] is not None and row["grad_norm"] is not None:\n            continue',
+        "tests/test_watch.py",
+    ),
+    # a warning at every step of a collapse
+    Mutant("minigold/train.py", "if sign not in before:", "if sign:", "tests/test_watch.py"),
+    # a task with repetitions is taken for a collapse
+    Mutant(
+        "minigold/watch.py",
+        "if now > 0.3 and now > was + 0.2:",
+        "if now > 0.3:",
+        "tests/test_watch.py",
+    ),
+    # answers that were cut from the start are one
+    Mutant(
+        "minigold/watch.py",
+        "if now < 0.02 and was > 0.1:",
+        "if now < 0.02:",
+        "tests/test_watch.py",
+    ),
+    # repetition of other answers counts
+    Mutant(
+        "minigold/metrics.py",
+        "    return _share(n_runs - n_different, n_runs)",
+        "    return _share(n_runs - len({t for r in sampled for t in zip(*[r.answer.ids[k:] for k in "
+        "range(RUN)])}), n_runs)",
+        "tests/test_watch.py",
     ),
 )
 

@@ -30,7 +30,7 @@ from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
 METRICS = """step, loss, chunks, trained_fraction, disagreement_share, work_saved,
     one_to_one_fraction, unscorable, shared_mass_student, shared_mass_teacher, other_mass_student,
-    other_mass_teacher, overhang_fraction, noncanonical_share, reverse_kl_per_byte,
+    other_mass_teacher, overhang_fraction, noncanonical_share, repetition, reverse_kl_per_byte,
     completion_tokens, completion_bytes, eos_rate, clipped_rate, off_policy_fraction, grad_norm, lr,
     seconds, seconds_sample, seconds_teacher, seconds_train, peak_memory_gib"""
 DESIGN_OPTIONS = """--steps --batch-size --rollouts --micro-batch --max-new-tokens --temperature
@@ -368,7 +368,8 @@ def test_a_run_leaves_its_settings_metrics_samples_and_student(out: Path, traine
     assert not [p for p in out.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pickle")]
     config = json.loads((out / "config.json").read_text("utf-8"))
     names = {f.name for f in fields(Config)}
-    assert set(config) == {*names, "student", "teacher", "device", "versions"}
+    models = {"student", "teacher", "student_dtype", "teacher_dtype", "device"}
+    assert set(config) == {*names, *models, "prompts_sha256", "versions"}
     assert (config["steps"], config["lr"], config["seed"], config["lmbda"]) == (2, 0.01, 5, 0.7)
     assert config["versions"]["minigold"] == minigold.__version__
 

@@ -137,6 +137,7 @@ def test_every_number_is_that_of_the_hand() -> None:
             "other_mass_teacher": 4 * 0.025 / 7,  # ends of turn are no tokens of the teacher
             "overhang_fraction": 1 / 8,
             "noncanonical_share": 1 / 7,  # of sampled tokens
+            "repetition": 0.0,
             "reverse_kl_per_byte": ((-1 + 2) + (-3 + 0.5) + 0) / (5 + 5 + 1),
             "completion_tokens": 5 + 2 + 2,
             "completion_bytes": 13 + 2 + 3,

@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: what each step did goes in, and after a stop the run comes out again.
+
+    config.json                      settings, models, a hash of the prompts, versions
+    metrics.jsonl, samples.jsonl     a line a step, a line an answer
+    checkpoints/step-N/              the student as a Hugging Face folder, and beside it
+        optimizer.safetensors        AdamW's moments and step counts, by the parameters' names
+        checkpoint.json              the step, how long both logs were, size and hash of each file
+    failed/step-N.json               a batch whose numbers were not finite
+    final/                           the trained student; with it the run is finished
+
+Files and folders are written beside their place as `.NAME.part`, flushed to the disk and renamed:
+what stands under its own name is whole. Random streams are counted by seed, stream and step, and so
+is the order of the data: the number of the step stands for all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import minigold
+from minigold import metrics as measured
+from minigold.config import Config, option_name
+from minigold.data import Prompt, parse_object
+from minigold.load import LanguageModel
+from minigold.pair import Pair
+from minigold.weights import load_decoder, save_decoder
+
+if TYPE_CHECKING:
+    from minigold.train import Step
+
+__all__ = ["Run", "check_out", "open_run"]
+
+log = logging.getLogger("minigold")
+LOGS = ("metrics.jsonl", "samples.jsonl")
+MANIFEST, OPTIMIZER, PART = "checkpoint.json", "optimizer.safetensors", ".part"
+FORMAT = 1
+FREE = ("log_every", "save_every", "keep", "patience", "python")  # may differ on resume
+
+
+@dataclass
+class Run:
+    """An open run folder.
+
+    Args:
+        history: metrics of the steps that are done.
+        last: the newest whole checkpoint.
+    """
+
+    out: Path
+    pair: Pair
+    optimizer: torch.optim.Optimizer
+    keep: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+    last: Path | None = None
+
+    def add(self, step: Step) -> None:
+        """Appends the step's lines to both logs; a failed step's batch goes to failed/."""
+        number = step.metrics["step"]
+        rows = measured.sample_rows(number, step, self.pair)
+        with self._writing():
+            _append(self.out / LOGS[0], [step.metrics])
+            _append(self.out / LOGS[1], rows)
+            if step.wrong:
+                _write(self.out / "failed" / f"step-{number}.json", _json(_failure(step, rows)))
+
+    def save(self, number: int) -> None:
+        """Makes the checkpoint of step `number`; only then the oldest ones go."""
+        folder = self.out / "checkpoints" / f"step-{number}"
+        with self._writing():
+            for name in LOGS:
+                _flush(self.out / name)
+            with _whole_folder(folder) as part:
+                save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
+                save_file(moments(self.pair.student.decoder, self.optimizer), part / OPTIMIZER)
+                manifest = {
+                    "format": FORMAT,
+                    "step": number,
+                    "logs": {name: (self.out / name).stat().st_size for name in LOGS},
+                    "files": {path.name: _described(path) for path in sorted(part.iterdir())},
+                }
+                (part / MANIFEST).write_text(_json(manifest), encoding="utf-8")
+            self.last = folder
+            self.drop_oldest()
+
+    def drop_oldest(self) -> None:
+        """Removes all checkpoints but the newest `keep`."""
+        for old in checkpoints_of(self.out)[self.keep :]:
+            _remove(old)
+
+    def finish(self) -> None:
+        """Writes final/, unless the run was finished before."""
+        if not (self.out / "final").is_dir():
+            with self._writing(), _whole_folder(self.out / "final") as part:
+                save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
+
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
+        return f"the last checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"expected to write to {self.out}, got {error}; {self.kept()}; make room, then give "
+                "the same command with --resume"
+            ) from error
+
+
+def check_out(out: Path, *, resume: bool = False) -> None:
+    """Refuses a folder that a run cannot begin in or, with `resume`, go on in.
+
+    Raises:
+        ValueError: it holds something else, or can be no folder.
+    """
+    begun = (out / "config.json").is_file()
+    if out.exists() and not out.is_dir():
+        raise ValueError(
+            f"expected --out to be a new or empty folder, got {out}, which is a file; name another"
+        )
+    found = next((one for one in out.absolute().parents if one.exists()), out.parent)
+    if not found.is_dir():
+        raise ValueError(f"expected --out to be in a folder, got {out}, but {found.name} is a file")
+    held = [path.name for path in out.iterdir()] if out.exists() else []
+    if resume and not begun and any(not name.endswith(PART) for name in held):
+        raise ValueError(
+            f"expected --out to be a run's folder, or a new or empty one, got {out}, which has no "
+            "config.json; name another"
+        )
+    if held and not resume:
+        remedy = "add --resume to go on with the run in it" if begun else "name another"
+        raise ValueError(
+            f"expected --out to be a new or empty folder, got {out}, which is not empty; {remedy}"
+        )
+
+
+def open_run(
+    out: Path,
+    pair: Pair,
+    optimizer: torch.optim.Optimizer,
+    prompts: Sequence[Prompt],
+    config: Config,
+    *,
+    resume: bool,
+) -> Run:
+    """Begins a run in `out`, or goes on with the one there.
+
+    Then student, optimizer and logs are set back to the last whole checkpoint, or to step 0 if
+    there is none yet.
+
+    Raises:
+        ValueError: see `check_out`; settings, models, prompts or versions of another run; torn
+            checkpoints alone.
+    """
+    check_out(out, resume=resume)
+    run = Run(out, pair, optimizer, config.keep)
+    settings, path = settings_of(pair, prompts, config), out / "config.json"
+    begun = path.is_file()
+    if begun:
+        _check_same(_object(path.read_bytes(), path), settings, out)
+    out.mkdir(parents=True, exist_ok=True)
+    for part in (*out.glob(f".*{PART}"), *out.glob(f"*/.*{PART}")):
+        _remove(part)
+    if begun:
+        _restore(run, config.steps)
+    _write(path, _json(settings))
+    return run
+
+
+def settings_of(pair: Pair, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+    """What config.json holds: all that the numbers of a run follow from."""
+    text = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
+    return {
+        **asdict(config),
+        "student": pair.student.name,
+        "teacher": pair.teacher.name,
+        "student_dtype": str(pair.student.decoder.dtype).removeprefix("torch."),
+        "teacher_dtype": str(pair.teacher.decoder.dtype).removeprefix("torch."),
+        "device": str(pair.student.decoder.device),
+        "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "versions": {
+            "minigold": minigold.__version__,
+            "torch": torch.__version__,
+            "tokenizers": tokenizers.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def moments(decoder: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's `step`, `exp_avg` and `exp_avg_sq` of each parameter that has had a gradient."""
+    return {
+        f"{key}.{name}": value.detach().contiguous()
+        for name, parameter in decoder.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def set_moments(
+    decoder: torch.nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]
+) -> None:
+    """Puts back what `moments` gave."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for known, value in stored.items():
+        key, _, name = known.partition(".")
+        by_name.setdefault(name, {})[key] = value.clone()
+    names = {parameter: name for name, parameter in decoder.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: by_name.get(names[p]) for i, p in enumerate(parameters)}
+    whole = optimizer.state_dict() | {"state": {i: own for i, own in state.items() if own}}
+    optimizer.load_state_dict(whole)  # it moves each value to where this optimizer wants it
+
+
+def checkpoints_of(out: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the newest first."""
+    folders = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
+    return sorted(folders, key=_number, reverse=True)
+
+
+def check_whole(folder: Path) -> dict[str, Any]:
+    """The object in a checkpoint's checkpoint.json.
+
+    Raises:
+        ValueError: a file is missing or not what was written, or a log is shorter than it was.
+    """
+    try:
+        manifest = _object((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+        if (manifest["format"], manifest["step"]) != (FORMAT, _number(folder)):
+            raise ValueError(
+                f"expected format {FORMAT} of {folder.name} in {MANIFEST}, got another"
+            )
+        for name, written in manifest["files"].items():
+            if _described(folder / name) != written:
+                raise ValueError(f"{name} is not what was written")
+        for name, size in manifest["logs"].items():
+            log_file = folder.parent.parent / name
+            if log_file.stat().st_size < size:
+                raise ValueError(f"{name} ends before this step")
+    except FileNotFoundError as error:
+        raise ValueError(f"{Path(error.filename).name} is missing") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a checkpoint's {MANIFEST}, got another object") from error
+    return manifest
+
+
+def _restore(run: Run, steps: int) -> None:
+    if (run.out / "final").is_dir():
+        run.history = _read_history(run.out, steps=steps)
+        _load_student(run.pair.student, run.out / "final")
+        log.info("%s is finished after %d steps; nothing is left to do", run.out, steps)
+        return
+    manifest = _newest_whole(run)
+    done = manifest["step"] if manifest else 0
+    sizes = manifest["logs"] if manifest else dict.fromkeys(LOGS, 0)
+    run.history = _read_history(run.out, steps=done, n_bytes=sizes[LOGS[0]])
+    if run.last:
+        _load_student(run.pair.student, run.last)
+        stored = load_file(run.last / OPTIMIZER)
+        set_moments(run.pair.student.decoder, run.optimizer, stored)
+    for name, size in sizes.items():
+        if (run.out / name).exists():
+            os.truncate(run.out / name, size)
+    found = [*checkpoints_of(run.out), *(run.out / "failed").glob("step-*.json")]
+    for path in (path for path in found if _number(path) > done):
+        _remove(path)
+    run.drop_oldest()
+    log.info("%s goes on after step %d of %d", run.out, done, steps)
+
+
+def _newest_whole(run: Run) -> dict[str, Any] | None:
+    """Sets `run.last`; None where no checkpoint was made yet."""
+    folders = checkpoints_of(run.out)
+    for folder in folders:
+        try:
+            manifest = check_whole(folder)
+        except ValueError as error:
+            log.warning("%s is passed over: %s", folder, error)
+        else:
+            run.last = folder
+            return manifest
+    if folders:
+        raise ValueError(
+            f"expected a whole checkpoint in {run.out / 'checkpoints'}, got torn ones alone; put one "
+            "back from a copy, or remove that folder to start from step 0"
+        )
+    return None
+
+
+def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Refuses to go on with other settings, each one named."""
+    if "prompts_sha256" not in was:
+        raise ValueError(
+            f"expected --out to be a run's folder, got {out}, whose config.json is not that of a run "
+            "which can go on; name another"
+        )
+    flat = [{**one, **one["versions"]} for one in (was, now)]
+    for one in flat:
+        one["device"] = str(one.get("device")).partition(":")[0]  # which of several does not matter
+    options = {*(f.name for f in fields(Config)), "student", "teacher", "device", "prompts_sha256"}
+    other = []
+    for name in {**flat[0], **flat[1]}:
+        old, new = (one.get(name) for one in flat)
+        if old != new and name not in ("versions", *FREE):
+            told = option_name(name.removesuffix("_sha256")) if name in options else name
+            other.append(f"{told} ({old} then, {new} now)")
+    if other:
+        raise ValueError(
+            f"expected the settings that the run in {out} began with, got another "
+            f"{', '.join(other)}; give the old ones, or start a new run in another --out (with a "
+            "checkpoint's folder as --student to keep its weights)"
+        )
+
+
+def _read_history(out: Path, *, steps: int, n_bytes: int | None = None) -> list[dict[str, Any]]:
+    path = out / LOGS[0]
+    lines = path.read_bytes()[:n_bytes].split(b"\n") if path.exists() else []
+    rows = [_object(line, path) for line in lines if line]
+    if [row.get("step") for row in rows] != list(range(1, steps + 1)):
+        raise ValueError(
+            f"expected the lines of steps 1 to {steps} in {path}, got {len(rows)} others; put the "
+            "file back as the run wrote it"
+        )
+    return rows
+
+
+def _load_student(student: LanguageModel, folder: Path) -> None:
+    decoder = student.decoder
+    stored = load_decoder(folder, device=decoder.device, dtype=decoder.dtype)
+    decoder.load_state_dict(stored.state_dict())
+
+
+def _failure(step: Step, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a failed step's file holds; null is a number that was not finite."""
+    answers = [
+        row
+        | {
+            "prompt_ids": r.answer.prompt_ids,
+            "teacher_prompt_ids": r.answer.teacher_prompt_ids,
+            "student_logp": r.student_logp_C.tolist(),
+            "teacher_logp": r.teacher_logp_C.tolist(),
+        }
+        for row, r in zip(rows, step.rollouts, strict=True)
+    ]
+    return {"wrong": step.wrong, "metrics": step.metrics, "answers": measured.plain(answers)}
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _object(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return parse_object(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-").removesuffix(".json"))
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f".{path.name}{PART}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        _flush(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block is done."""
+    part = target.with_name(f".{target.name}{PART}")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in (*part.iterdir(), part):
+            _flush(path)
+        part.replace(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    for folder in (target.parent, target.parent.parent):
+        _flush(folder)
+
+
+def _remove(path: Path) -> None:
+    """A folder loses its name first, so that no half of it is taken for a checkpoint."""
+    if path.is_dir():
+        part = path if path.name.endswith(PART) else path.with_name(f".{path.name}{PART}")
+        path.replace(part)
+        shutil.rmtree(part)
+    else:
+        path.unlink()
