@@ -104,16 +104,16 @@ def sample_rows(number: int, step: Step, pair: Pair) -> list[dict[str, Any]]:
     ]
 
 
-def _best(rollout: Rollout, pair: Pair) -> list[tuple[str, float]]:
+def _best(rollout: Rollout, pair: Pair) -> list[list[str | float]]:
     """The teacher's most likely token at each chunk's start, and its probability (0-1)."""
     spelling, tokenizer = pair.events.teacher.spelling, pair.teacher.tokenizer
     places, score = torch.as_tensor(rollout.chunks.t0), rollout.score
     best = zip(score.best_id_M[places].tolist(), score.best_prob_M[places].tolist(), strict=True)
     return [
-        (
+        [
             spelling[i].decode("utf-8", "replace") or tokenizer.id_to_token(i) or f"#{i}",
             round(prob, 4),
-        )
+        ]
         for i, prob in best
     ]
 
