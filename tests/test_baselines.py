@@ -853,7 +853,7 @@ def test_bpm_is_the_slow_version_with_real_vocabularies() -> None:
     assert (((total_N - 1).abs() < 1e-9) | (total_N == 0)).all()
     assert (total_N > 0).sum() >= len(answer.student_ids) - 6
     in_float32 = bpm(one, table=table)
-    assert in_float32.item() == pytest.approx(bpm(answer, table=table).item(), rel=1e-5)
+    assert in_float32.item() == pytest.approx(bpm(answer, table=table).item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------- refusals, examples
