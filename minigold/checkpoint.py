@@ -3,9 +3,10 @@
 
     config.json                      settings, models, a hash of the prompts, versions
     metrics.jsonl, samples.jsonl     a line a step, a line an answer
+    eval.jsonl                       a line an evaluation, if there are any
     checkpoints/step-N/              the student as a Hugging Face folder, and beside it
         optimizer.safetensors        AdamW's moments and step counts, by the parameters' names
-        checkpoint.json              the step, how long both logs were, size and hash of each file
+        checkpoint.json              the step, how long the logs were, size and hash of each file
     failed/step-N.json               a batch whose numbers were not finite
     final/                           the trained student; with it the run is finished
 
@@ -39,6 +40,7 @@ import minigold
 from minigold import metrics as measured
 from minigold.config import Config, option_name
 from minigold.data import Prompt, parse_object
+from minigold.evaluate import best_of
 from minigold.load import LanguageModel
 from minigold.pair import Pair
 from minigold.weights import load_decoder, save_decoder
@@ -46,10 +48,10 @@ from minigold.weights import load_decoder, save_decoder
 if TYPE_CHECKING:
     from minigold.train import Step
 
-__all__ = ["Run", "check_out", "open_run"]
+__all__ = ["Run", "check_out", "open_run", "read_evals"]
 
 log = logging.getLogger("minigold")
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 MANIFEST, OPTIMIZER, PART = "checkpoint.json", "optimizer.safetensors", ".part"
 FORMAT = 1
 FREE = ("log_every", "save_every", "keep", "patience", "python")  # may differ on resume
@@ -60,7 +62,9 @@ class Run:
     """An open run folder.
 
     Args:
+        keep, best_by: of the settings.
         history: metrics of the steps that are done.
+        evals: evaluations that are done.
         last: the newest whole checkpoint.
     """
 
@@ -68,7 +72,9 @@ class Run:
     pair: Pair
     optimizer: torch.optim.Optimizer
     keep: int
+    best_by: str
     history: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
     last: Path | None = None
 
     def add(self, step: Step) -> None:
@@ -81,11 +87,18 @@ class Run:
             if step.wrong:
                 _write(self.out / "failed" / f"step-{number}.json", _json(_failure(step, rows)))
 
+    def add_evaluation(self, row: dict[str, Any]) -> None:
+        """Appends a line to eval.jsonl."""
+        self.evals.append(row)
+        with self._writing():
+            _append(self.out / LOGS[2], [row])
+
     def save(self, number: int) -> None:
         """Makes the checkpoint of step `number`; only then the oldest ones go."""
         folder = self.out / "checkpoints" / f"step-{number}"
         with self._writing():
-            for name in LOGS:
+            logs = [name for name in LOGS if (self.out / name).exists()]
+            for name in logs:
                 _flush(self.out / name)
             with _whole_folder(folder) as part:
                 save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
@@ -93,7 +106,7 @@ class Run:
                 manifest = {
                     "format": FORMAT,
                     "step": number,
-                    "logs": {name: (self.out / name).stat().st_size for name in LOGS},
+                    "logs": {name: (self.out / name).stat().st_size for name in logs},
                     "files": {path.name: _described(path) for path in sorted(part.iterdir())},
                 }
                 (part / MANIFEST).write_text(_json(manifest), encoding="utf-8")
@@ -101,9 +114,11 @@ class Run:
             self.drop_oldest()
 
     def drop_oldest(self) -> None:
-        """Removes all checkpoints but the newest `keep`."""
+        """Removes all checkpoints but the newest `keep` and that of the best evaluation."""
+        best = best_of(self.evals, self.best_by)
         for old in checkpoints_of(self.out)[self.keep :]:
-            _remove(old)
+            if best is None or _number(old) != best["step"]:
+                _remove(old)
 
     def finish(self) -> None:
         """Writes final/, unless the run was finished before."""
@@ -161,6 +176,7 @@ def open_run(
     config: Config,
     *,
     resume: bool,
+    eval_prompts: Sequence[Prompt] = (),
 ) -> Run:
     """Begins a run in `out`, or goes on with the one there.
 
@@ -172,8 +188,8 @@ def open_run(
             checkpoints alone.
     """
     check_out(out, resume=resume)
-    run = Run(out, pair, optimizer, config.keep)
-    settings, path = settings_of(pair, prompts, config), out / "config.json"
+    run = Run(out, pair, optimizer, config.keep, config.best_by)
+    settings, path = settings_of(pair, prompts, config, eval_prompts), out / "config.json"
     begun = path.is_file()
     if begun:
         _check_same(_object(path.read_bytes(), path), settings, out)
@@ -186,9 +202,10 @@ def open_run(
     return run
 
 
-def settings_of(pair: Pair, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+def settings_of(
+    pair: Pair, prompts: Sequence[Prompt], config: Config, eval_prompts: Sequence[Prompt] = ()
+) -> dict[str, Any]:
     """What config.json holds: all that the numbers of a run follow from."""
-    text = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
     return {
         **asdict(config),
         "student": pair.student.name,
@@ -196,7 +213,8 @@ def settings_of(pair: Pair, prompts: Sequence[Prompt], config: Config) -> dict[s
         "student_dtype": str(pair.student.decoder.dtype).removeprefix("torch."),
         "teacher_dtype": str(pair.teacher.decoder.dtype).removeprefix("torch."),
         "device": str(pair.student.decoder.device),
-        "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "prompts_sha256": _hash(prompts),
+        "eval_prompts_sha256": _hash(eval_prompts) if eval_prompts else None,
         "versions": {
             "minigold": minigold.__version__,
             "torch": torch.__version__,
@@ -205,6 +223,11 @@ def settings_of(pair: Pair, prompts: Sequence[Prompt], config: Config) -> dict[s
             "python": platform.python_version(),
         },
     }
+
+
+def _hash(prompts: Sequence[Prompt]) -> str:
+    text = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def moments(decoder: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -266,13 +289,15 @@ def check_whole(folder: Path) -> dict[str, Any]:
 def _restore(run: Run, steps: int) -> None:
     if (run.out / "final").is_dir():
         run.history = _read_history(run.out, steps=steps)
+        run.evals = read_evals(run.out)
         _load_student(run.pair.student, run.out / "final")
         log.info("%s is finished after %d steps; nothing is left to do", run.out, steps)
         return
     manifest = _newest_whole(run)
     done = manifest["step"] if manifest else 0
-    sizes = manifest["logs"] if manifest else dict.fromkeys(LOGS, 0)
+    sizes = dict.fromkeys(LOGS, 0) | (manifest["logs"] if manifest else {})
     run.history = _read_history(run.out, steps=done, n_bytes=sizes[LOGS[0]])
+    run.evals = read_evals(run.out, n_bytes=sizes[LOGS[2]])
     if run.last:
         _load_student(run.pair.student, run.last)
         stored = load_file(run.last / OPTIMIZER)
@@ -316,7 +341,8 @@ def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     flat = [{**one, **one["versions"]} for one in (was, now)]
     for one in flat:
         one["device"] = str(one.get("device")).partition(":")[0]  # which of several does not matter
-    options = {*(f.name for f in fields(Config)), "student", "teacher", "device", "prompts_sha256"}
+    files = ("student", "teacher", "device", "prompts_sha256", "eval_prompts_sha256")
+    options = {*(f.name for f in fields(Config)), *files}
     other = []
     for name in {**flat[0], **flat[1]}:
         old, new = (one.get(name) for one in flat)
@@ -333,14 +359,27 @@ def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
 
 def _read_history(out: Path, *, steps: int, n_bytes: int | None = None) -> list[dict[str, Any]]:
     path = out / LOGS[0]
-    lines = path.read_bytes()[:n_bytes].split(b"\n") if path.exists() else []
-    rows = [_object(line, path) for line in lines if line]
+    rows = _rows(path, n_bytes)
     if [row.get("step") for row in rows] != list(range(1, steps + 1)):
         raise ValueError(
             f"expected the lines of steps 1 to {steps} in {path}, got {len(rows)} others; put the "
             "file back as the run wrote it"
         )
     return rows
+
+
+def read_evals(out: Path, *, n_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The evaluations of a run, in order.
+
+    Raises:
+        ValueError: a line of eval.jsonl that is no object.
+    """
+    return _rows(out / LOGS[2], n_bytes)
+
+
+def _rows(path: Path, n_bytes: int | None) -> list[dict[str, Any]]:
+    lines = path.read_bytes()[:n_bytes].split(b"\n") if path.exists() else []
+    return [_object(line, path) for line in lines if line]
 
 
 def _load_student(student: LanguageModel, folder: Path) -> None:

@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 
 import minigold
 from minigold import cli_align, cli_models
-from minigold.checkpoint import check_out
+from minigold.checkpoint import check_out, read_evals
 from minigold.cli_models import find_device, find_dtype
-from minigold.config import NOT_BUILT, Config, option_name
+from minigold.config import BEST_BY, NOT_BUILT, Config, option_name
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
+from minigold.evaluate import best_of
 from minigold.load import load
 from minigold.report import write_report
 from minigold.stop import asked_to_stop
@@ -117,6 +118,9 @@ def _train_options(commands: Any) -> None:
     )
     train.add_argument("--prompts", required=True, type=Path,
                        help="JSON lines with `prompt` (required)")  # fmt: skip
+    train.add_argument("--eval-prompts", type=Path, metavar="E.jsonl", help=(
+        "held-out prompts, as in --prompts; what `minigold eval` measures is measured on them "
+        "before, during and after the run (default: none)"))  # fmt: skip
     train.add_argument("--out", required=True, type=Path,
                        help="new or empty folder of the run (required)")  # fmt: skip
     train.add_argument("--resume", action="store_true", help=(
@@ -161,11 +165,14 @@ def _train(args: argparse.Namespace) -> None:
     config = Config(**values)
     device = find_device(args.device)
     prompts = read_prompts(args.prompts)
+    eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     check_out(args.out, resume=args.resume)
     dtype = find_dtype(args.dtype, device)
     if args.dry_run:
         pair = load(args.student, device="meta"), load(args.teacher, device="meta", dtype=dtype)
-        found = estimate(*pair, prompts, config, device=device, dtype=dtype)
+        found = estimate(
+            *pair, prompts, config, device=device, dtype=dtype, eval_prompts=eval_prompts
+        )
         print(told(found), json.dumps(found), sep="\n")
         return
     student = load(args.student, device=device)
@@ -177,8 +184,8 @@ def _train(args: argparse.Namespace) -> None:
 
     with asked_to_stop() as stop:
         history = distill(
-            student, teacher, prompts, config,
-            out=args.out, resume=args.resume, on_step=show, stop=stop,
+            student, teacher, prompts, config, eval_prompts=eval_prompts, out=args.out,
+            resume=args.resume, on_step=show, on_eval=lambda row: log.info(eval_line(row)), stop=stop,
         )  # fmt: skip
     if len(history) < config.steps:
         log.warning(
@@ -186,13 +193,28 @@ def _train(args: argparse.Namespace) -> None:
             "--resume", len(history), config.steps,
         )  # fmt: skip
         raise SystemExit(128 + stop.signal)  # as a shell tells it
-    print(json.dumps({"out": str(args.out), **history[-1]}))
+    write_report(args.out)
+    best = best_of(read_evals(args.out), config.best_by)
+    if best:
+        log.info(
+            "best by %s: step %d of %d, %s", config.best_by, best["step"], config.steps,
+            f"kept in checkpoints/step-{best['step']}" if best["step"] else "the untrained student",
+        )  # fmt: skip
+    found = {"best_step": best["step"]} if best else {}
+    print(json.dumps({"out": str(args.out), **found, **history[-1]}))
 
 
 def _demo(args: argparse.Namespace) -> None:
     from minigold.demo import run_demo  # loads its data, so only when asked for
 
     print(json.dumps(run_demo(out=args.out, seed=args.seed)))
+
+
+def eval_line(row: dict[str, Any]) -> str:
+    """One line an evaluation for the terminal: what could be measured of `BEST_BY`, and the stops."""
+    keys = [key for key in (*BEST_BY, "eos_rate") if row[key] is not None]
+    told = "  ".join(f"{key} {row[key]:.4f}" for key in keys)
+    return f"evaluation after step {row['step']}  {told}  {row['seconds']:.1f} s"
 
 
 def step_line(metrics: dict[str, Any], steps: int) -> str:

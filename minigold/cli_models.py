@@ -25,7 +25,7 @@ from minigold.generate import Utterance, stream, write
 from minigold.load import LanguageModel, load
 from minigold.pair import make_pair
 from minigold.rollout import DRAW, seeds_of
-from minigold.train import check_prompts
+from minigold.train import check_eval_prompts
 
 __all__ = ["find_device", "find_dtype", "find_model", "options"]
 
@@ -239,13 +239,12 @@ def _eval(args: argparse.Namespace) -> None:
         seed=args.seed,
         student_plain=args.student_plain or args.plain_prompt,
         teacher_plain=args.teacher_plain or args.plain_prompt,
-        lmbda=0.0 if any(p.completion is not None for p in prompts) else 1.0,  # these are read too
     )
     device = find_device(args.device)
     student = load(find_model(args.student), device=device)
     teacher = load(find_model(args.teacher), device=device, dtype=find_dtype(args.dtype, device))
     pair = make_pair(student, teacher)
-    check_prompts(prompts, pair, config)
+    check_eval_prompts(prompts, pair, config)
     figures = evaluate(
         pair, prompts, config, on_batch=lambda n: log.info("%d of %d prompts", n, len(prompts))
     )

@@ -10,12 +10,16 @@ from typing import Any
 from minigold.disagree import KNOWN_BEFORE, WHERE
 from minigold.events import EVENTS
 
-__all__ = ["NOT_BUILT", "Config", "option_name"]
+__all__ = ["BEST_BY", "NOT_BUILT", "Config", "option_name"]
 
 NOT_BUILT = {  # options and values of the design that this version does not have yet
-    "--eval-every": "evaluation during training",
     "--config": "TOML configuration files",
 }
+
+BEST_BY = {  # figures of an evaluation, and whether more of it is better
+    "reverse_kl_per_byte": False, "forward_kl": False, "bits_per_byte_student": False,
+    "exact_match": True,
+}  # fmt: skip
 
 
 def _opt(default: Any, text: str) -> Any:
@@ -57,6 +61,14 @@ class Config:
     seed: int = _opt(0, "of data order, sampling and masks")
     cuda_graphs: bool = _opt(False, "sampling replays recorded steps; on cuda only")
     log_every: int = _opt(1, "steps between lines on the terminal")
+    eval_every: int = _opt(
+        50, "steps between evaluations on --eval-prompts; 0 leaves those before and after the run"
+    )
+    best_by: str = _opt(
+        "reverse_kl_per_byte",
+        "the figure by which an evaluation is the best, whose checkpoint stays: "
+        + ", ".join(BEST_BY),
+    )
     save_every: int = _opt(50, "steps between checkpoints; 0 makes one only when interrupted")
     keep: int = _opt(2, "newest checkpoints that stay; the disk needs room for one more")
     patience: int = _opt(
@@ -73,7 +85,8 @@ class Config:
         for name in (*counts, "keep", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in (
-            "top_k", "warmup", "weight_decay", "clip", "seed", "temperature", "save_every"
+            "top_k", "warmup", "weight_decay", "clip", "seed", "temperature", "save_every",
+            "eval_every",
         ):  # fmt: skip
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("beta", "max_overhang", "threshold", "fraction", "lmbda"):
@@ -85,7 +98,12 @@ class Config:
             if isinstance(f.default, float):
                 self._require(f.name, math.isfinite(getattr(self, f.name)), "finite")
         masks = tuple(mask for mask in WHERE if mask != "random")
-        for name, values in (("events", EVENTS), ("where", WHERE), ("replay", masks)):
+        for name, values in (
+            ("events", EVENTS),
+            ("where", WHERE),
+            ("replay", masks),
+            ("best_by", (*BEST_BY,)),
+        ):
             self._require(name, getattr(self, name) in values, "one of " + ", ".join(values))
         self._require_use("replay", self.where == "random", "--where random")
         self._require_use("threshold", self.mask == "reject", "the mask reject")

@@ -21,7 +21,7 @@ from minigold.cost import Rates, Sizes
 from minigold.data import Message, Prompt
 from minigold.load import LanguageModel
 from minigold.pair import Pair, make_pair
-from minigold.train import check_prompts
+from minigold.train import check_eval_prompts, check_prompts
 
 __all__ = ["estimate", "measure_rates", "sizes_of", "told"]
 
@@ -37,18 +37,21 @@ def estimate(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    eval_prompts: Sequence[Prompt] = (),
 ) -> dict[str, Any]:
     """Parameters, peak memory, operations and the floor of a step's time, as plain data.
 
     Args:
         student, teacher: their weights may be on the meta device.
         device, dtype: where the run would be, and the type of the teacher's weights.
+        eval_prompts: checked only; evaluation holds no gradients, but its prompts may be longer.
 
     Raises:
         ValueError: as `train.distill`.
     """
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
+    check_eval_prompts(eval_prompts, pair, config)
     sizes = sizes_of(pair, prompts, config, device=device, dtype=dtype)
     own = torch.bfloat16 if device.type == "cuda" else torch.float32
     rates = {one: measure_rates(device, one) for one in {own, dtype}}

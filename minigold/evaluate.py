@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from minigold.batch import Array, Rollout, pack
 from minigold.chat import prompt_ids
-from minigold.config import Config
+from minigold.config import BEST_BY, Config
 from minigold.data import Message, Prompt
 from minigold.events import Side
 from minigold.generate import said
@@ -33,7 +34,16 @@ from minigold.rollout import EVAL, collect, precision, sample_answers, seeds_of
 from minigold.sample import sample
 from minigold.teacher import Reading, score
 
-__all__ = ["FIGURES", "bootstrap", "evaluate", "exact_matches", "forward_kl", "repetition", "told"]
+__all__ = [
+    "FIGURES",
+    "best_of",
+    "bootstrap",
+    "evaluate",
+    "exact_matches",
+    "forward_kl",
+    "repetition",
+    "told",
+]
 
 log = logging.getLogger("minigold")
 FIGURES = {  # key: what it is, and its unit
@@ -102,6 +112,17 @@ def evaluate(
         value, low, high = bootstrap(parts[:, 0], parts[:, 1], seed=config.seed)
         figures |= {key: value, f"{key}_low": low, f"{key}_high": high}
     return figures
+
+
+def best_of(evals: Sequence[dict[str, Any]], best_by: str) -> dict[str, Any] | None:
+    """The first evaluation that none beats in `best_by` (a key of `BEST_BY`); None without any.
+
+    >>> best_of([{"step": 0, "exact_match": 0.5}, {"step": 9, "exact_match": None}], "exact_match")
+    {'step': 0, 'exact_match': 0.5}
+    """
+    measured = [row for row in evals if row[best_by] is not None]
+    sign = -1 if BEST_BY[best_by] else 1
+    return min(measured, key=lambda row: sign * row[best_by], default=None)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from minigold.offsets import FLAWS
 
 __all__ = ["PROMPTS", "Run", "Sample", "read_run"]
 
+SHOWN = ("teacher_prompt", "answer")  # of the prompt's columns, beside those not minigold's own
 PROMPTS = 6  # kept, each with its first and its last answer
 
 
@@ -163,7 +164,7 @@ def _sample(path: Path, line: _Line) -> Sample:
             [float(a) for a in row["acceptance"]],
             row["trained"],
             [(str(text), float(prob)) for text, prob in row["teacher_best"]],
-            {k: v for k, v in row.items() if k not in (*COLUMNS, *RESERVED)},
+            {k: v for k, v in row.items() if k in SHOWN or k not in (*COLUMNS, *RESERVED)},
         )
     except KeyError as error:
         raise ValueError(f"{unlike}no {error}{remedy}") from error

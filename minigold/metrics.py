@@ -19,6 +19,7 @@ import torch
 
 from minigold.batch import Array, Rollout
 from minigold.config import Config
+from minigold.data import Prompt
 from minigold.events import Events
 from minigold.offsets import FLAWS
 from minigold.pair import Pair
@@ -98,10 +99,16 @@ def sample_rows(number: int, step: Step, pair: Pair) -> list[dict[str, Any]]:
             "acceptance": plain([round(float(a), 6) for a in accepted]),
             "trained": mask.tolist(),
             "teacher_best": plain(_best(r, pair)),
-            **r.answer.prompt.extra,
+            **_given(r.answer.prompt),
         }
         for r, accepted, mask in zip(step.rollouts, step.acceptance, step.chosen, strict=True)
     ]
+
+
+def _given(prompt: Prompt) -> dict[str, Any]:
+    """The prompt's own columns but `prompt` and `completion`."""
+    own = {"teacher_prompt": prompt.teacher_prompt, "answer": prompt.answer}
+    return {key: value for key, value in own.items() if value is not None} | prompt.extra
 
 
 def _best(rollout: Rollout, pair: Pair) -> list[list[str | float]]:

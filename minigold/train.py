@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ import torch
 from minigold import metrics as measured
 from minigold.batch import Array, Rollout
 from minigold.chat import prompt_ids
-from minigold.checkpoint import open_run
-from minigold.config import Config
+from minigold.checkpoint import Run, open_run
+from minigold.config import Config, option_name
 from minigold.data import Prompt
+from minigold.evaluate import best_of, evaluate
 from minigold.load import LanguageModel
 from minigold.masked import acceptance_of, choose_chunks, train_pass
 from minigold.offsets import encode_continuation
@@ -33,7 +34,7 @@ from minigold.pair import Pair, make_pair
 from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
 from minigold.watch import collapses, failed_in_a_row, finite
 
-__all__ = ["Config", "Step", "check_prompts", "distill"]
+__all__ = ["Config", "Step", "check_eval_prompts", "check_prompts", "distill"]
 
 log = logging.getLogger("minigold")
 
@@ -59,18 +60,25 @@ def distill(
     prompts: Sequence[Prompt],
     config: Config | None = None,
     *,
+    eval_prompts: Sequence[Prompt] = (),
     out: Path | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    on_eval: Callable[[dict[str, Any]], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `student` in place; returns the metrics of each step (see docs/metrics.md).
 
     Args:
-        out: new or empty folder for config.json, metrics.jsonl, samples.jsonl, checkpoints/, final/.
+        eval_prompts: held out; `evaluate` runs on them before the first step, every `eval_every`
+            steps and after the last one. The checkpoint of the evaluation that is best by `best_by`
+            stays.
+        out: new or empty folder for config.json, metrics.jsonl, samples.jsonl, eval.jsonl,
+            checkpoints/ and final/.
         resume: go on with the run in `out` from its last checkpoint, or begin it. `student` is
             what it was made from, and ends as if the run had not stopped.
         on_step: called after each step that did not fail, for progress and for looking at samples.
+        on_eval: called with each evaluation: its step, the figures, and the seconds it took.
         stop: asked after each step but the last; true ends the run early, with a checkpoint.
 
     Raises:
@@ -85,13 +93,20 @@ def distill(
         raise ValueError("expected `out` with `resume`, got none; name the folder of the run")
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
+    check_eval_prompts(eval_prompts, pair, config)
     student.decoder.cuda_graphs = config.cuda_graphs
     student.decoder.train()
     student.decoder.requires_grad_(True)
     teacher.decoder.eval()
     optimizer = adamw(student.decoder, config)
-    run = open_run(out, pair, optimizer, prompts, config, resume=resume) if out else None
+    run = None
+    if out:
+        run = open_run(
+            out, pair, optimizer, prompts, config, resume=resume, eval_prompts=eval_prompts
+        )
     history = run.history if run else []
+    evaluate_now = _evaluator(pair, eval_prompts, config, run, on_eval)
+    evaluate_now(len(history))
     batches = islice(batches_of(prompts, config), len(history), None)
     for number in range(len(history) + 1, config.steps + 1):
         for group in optimizer.param_groups:
@@ -103,14 +118,42 @@ def distill(
         _judge(step, history, config, kept=run.kept() if run else "")
         if on_step and not step.wrong:
             on_step(step)
+        best = evaluate_now(number)
         stopping = stop is not None and number < config.steps and stop()
-        if run and (stopping or (config.save_every and number % config.save_every == 0)):
+        saving = best or stopping or (config.save_every and number % config.save_every == 0)
+        if run and saving:
             run.save(number)
         if stopping:
             return history
     if run:
         run.finish()
     return history
+
+
+def _evaluator(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    config: Config,
+    run: Run | None,
+    on_eval: Callable[[dict[str, Any]], None] | None,
+) -> Callable[[int], bool]:
+    """A function of the step that is done: evaluates if that is due, says whether it was the best."""
+    evals = run.evals if run else []
+
+    def evaluate_now(number: int) -> bool:
+        at_ends = number in (0, config.steps)
+        due = at_ends or (config.eval_every and number % config.eval_every == 0)
+        if not prompts or not due or (evals and evals[-1]["step"] == number):
+            return False
+        begun = time.perf_counter()
+        row = {"step": number, **evaluate(pair, prompts, config)}
+        row["seconds"] = time.perf_counter() - begun
+        (run.add_evaluation if run else evals.append)(row)
+        if on_eval:
+            on_eval(row)
+        return best_of(evals, config.best_by) is row
+
+    return evaluate_now
 
 
 def _judge(step: Step, history: Sequence[dict[str, Any]], config: Config, *, kept: str) -> None:
@@ -240,6 +283,33 @@ def check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None
                 _check_length(model, text, prompt.completion, config, plain=plain)
             except ValueError as error:
                 raise ValueError(f"prompt of line {prompt.line}, {name}: {error}") from error
+
+
+def check_eval_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
+    """Refuses prompts on which an evaluation could not run, or not give the figure `best_by`.
+
+    Raises:
+        ValueError: one that does not fit, or settings that need others.
+    """
+    if not prompts:
+        for name in ("eval_every", "best_by"):
+            if getattr(config, name) != getattr(Config, name):
+                raise ValueError(
+                    f"expected {option_name(name)} with --eval-prompts only, got it without; add a "
+                    "file of held-out prompts, or leave it out"
+                )
+        return
+    needed = {"exact_match": "answer", "bits_per_byte_student": "completion"}.get(config.best_by)
+    if needed and all(getattr(p, needed) is None for p in prompts):
+        raise ValueError(
+            f"expected evaluation prompts with `{needed}` for --best-by {config.best_by}, got none; "
+            "add some, or name another figure"
+        )
+    reads = any(p.completion is not None for p in prompts)
+    try:
+        check_prompts(prompts, pair, replace(config, lmbda=0.0 if reads else 1.0))
+    except ValueError as error:
+        raise ValueError(f"--eval-prompts: {error}") from error
 
 
 def _check_length(

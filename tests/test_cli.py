@@ -38,7 +38,9 @@ DESIGN_OPTIONS = """--steps --batch-size --rollouts --micro-batch --max-new-toke
     --warmup --weight-decay --clip --plain-prompt --student-plain --teacher-plain --seed --device
     --dtype --log-every --eval-every --save-every --keep --patience --teacher --student --prompts
     --out --config --dry-run --resume"""
-MORE_OPTIONS = "--cuda-graphs --student-temperature --teacher-temperature --replay"
+MORE_OPTIONS = (
+    "--eval-prompts --best-by --cuda-graphs --student-temperature --teacher-temperature --replay"
+)
 VARYING = {"seconds", "seconds_sample", "seconds_teacher", "seconds_train", "peak_memory_gib"}
 PROMPTS = [
     {"prompt": "hello", "id": 7},
@@ -364,12 +366,13 @@ def test_a_run_leaves_its_settings_metrics_samples_and_student(out: Path, traine
         "metrics.jsonl",
         "samples.jsonl",
         "final",
+        "report.html",
     }
     assert not [p for p in out.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pickle")]
     config = json.loads((out / "config.json").read_text("utf-8"))
     names = {f.name for f in fields(Config)}
     models = {"student", "teacher", "student_dtype", "teacher_dtype", "device"}
-    assert set(config) == {*names, *models, "prompts_sha256", "versions"}
+    assert set(config) == {*names, *models, "prompts_sha256", "eval_prompts_sha256", "versions"}
     assert (config["steps"], config["lr"], config["seed"], config["lmbda"]) == (2, 0.01, 5, 0.7)
     assert config["versions"]["minigold"] == minigold.__version__
 
@@ -392,7 +395,8 @@ def test_samples_keep_the_prompts_and_the_extra_columns(out: Path, trained: Resu
     for row in rows:
         prompt = PROMPTS[row["line"] - 1]
         assert row["prompt"] == prompt["prompt"]
-        assert row.get("id") == prompt.get("id")
+        for column in ("id", "answer", "teacher_prompt"):
+            assert row.get(column) == prompt.get(column)
         n = len(row["chunks"])
         assert n == len(row["acceptance"]) == len(row["trained"]) == len(row["teacher_best"])
         assert len(row["student_spans"]) == len(row["student_ids"]) - row["finished"]

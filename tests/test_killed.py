@@ -15,8 +15,9 @@ __all__ = ["work"]  # a fixture
 
 def killed(work: Path, tmp_path: Path, seed: int, kills: int) -> None:
     script = Path(__file__).parent / "killed_run.py"
+    words = arguments(work, steps=4, eval_prompts=work / "prompts.jsonl", eval_every=2)
     done = subprocess.run(
-        [sys.executable, script, str(seed), str(kills), tmp_path, *arguments(work, steps=4)],
+        [sys.executable, script, str(seed), str(kills), tmp_path, *words],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -256,6 +256,18 @@ def test_samples_show_each_answer_and_what_was_trained() -> None:
     assert set(rows[1]) <= {*COLUMNS, *RESERVED}
 
 
+def test_samples_keep_what_the_teacher_was_told_and_the_right_answer() -> None:
+    told: dict[str, Any] = {"teacher_prompt": [{"role": "user", "content": "q"}], "answer": "42"}
+    prompt = Prompt("question", extra={"tag": 1}, **told)
+    answer = dataclasses.replace(CLIPPED.answer, prompt=prompt)
+    rollouts = [dataclasses.replace(CLIPPED, answer=answer)]
+    step = SimpleNamespace(rollouts=rollouts, acceptance=[np.ones(2)], chosen=[np.ones(2, bool)])
+    pair = SimpleNamespace(events=SimpleNamespace(teacher=SimpleNamespace(spelling=[b"x"] * 9)),
+                           teacher=SimpleNamespace(tokenizer=None))  # fmt: skip
+    (row,) = sample_rows(1, step, pair)
+    assert {**told, "tag": 1}.items() <= row.items()
+
+
 # --------------------------------------------------------------------------------- audit
 def side(shared: int, ids: int, repeated: int = 0) -> SimpleNamespace:
     spelling = [b""] + [b"%d" % max(i, repeated) for i in range(ids - 1)]

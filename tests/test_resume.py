@@ -26,7 +26,8 @@ import minigold as mg
 from minigold import checkpoint
 from minigold.checkpoint import check_whole, checkpoints_of, moments, open_run, set_moments
 from minigold.cli import main
-from minigold.config import Config, option_name
+from minigold.config import BEST_BY, Config, option_name
+from minigold.evaluate import evaluate
 from minigold.pair import make_pair
 from minigold.stop import asked_to_stop
 from minigold.train import Step, adamw, distill
@@ -72,8 +73,10 @@ def arguments(work: Path, **changes: Any) -> list[str]:
 def outcome(out: Path) -> dict[str, Any]:
     """All that a finished run leaves, but for times, memory, and what is of no consequence."""
     files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    rows = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
-    files["metrics.jsonl"] = [{k: v for k, v in row.items() if k not in VARYING} for row in rows]
+    files.pop("report.html", None)  # it draws times
+    for name in {"metrics.jsonl", "eval.jsonl"} & set(files):
+        rows = [json.loads(line) for line in files[name].splitlines()]
+        files[name] = [{k: v for k, v in row.items() if k not in VARYING} for row in rows]
     assert all(("." + "part") not in name for name in files), sorted(files)
     return {k: v for k, v in files.items() if k != "config.json" and "checkpoint.json" not in k}
 
@@ -531,6 +534,134 @@ def test_nothing_goes_before_the_new_checkpoint_is_whole(
     assert there == [[2, 1], [3, 2], [4, 3], [5, 4]]
 
 
+# ---------------------------------------------------------------------------------- evaluations
+EVALUATED = dataclasses.replace(CONFIG, eval_every=2, save_every=0, keep=1)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float | None], key: str) -> None:
+    """Evaluations that give these values, in place of real ones."""
+    left = iter(values)
+    monkeypatch.setattr(
+        mg.train, "evaluate", lambda *_: {**dict.fromkeys(BEST_BY), key: next(left)}
+    )
+
+
+def test_evaluations_are_those_of_the_weights_at_their_step_and_change_no_training(
+    work: Path, tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    prompts = mg.data.read_prompts(work / "prompts.jsonl")
+    seen: list[dict[str, Any]] = []
+    config = dataclasses.replace(EVALUATED, save_every=1, keep=9)
+    train(work, tmp_path, config, eval_prompts=prompts, on_eval=seen.append)
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text("utf-8").splitlines()]
+    assert rows == seen
+    assert [row["step"] for row in rows] == [0, 2, 4, 5]
+    teacher = mg.load(work / "teacher")
+    for row in rows:
+        assert row.pop("seconds") > 0
+        saved = tmp_path / "checkpoints" / f"step-{row['step']}"
+        pair = make_pair(mg.load(saved if row["step"] else work / "student"), teacher)
+        assert row == {"step": row["step"], **evaluate(pair, prompts, EVALUATED)}
+    assert len({row["forward_kl"] for row in rows}) == 4
+    found = outcome(tmp_path)
+    assert {name: found[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize(
+    ("best_by", "values", "kept"),
+    [
+        ("reverse_kl_per_byte", [0.5, 0.3, 0.4, 0.6], ["step-2"]),
+        ("reverse_kl_per_byte", [0.5, 0.4, 0.3, 0.3], ["step-4"]),
+        ("reverse_kl_per_byte", [0.2, 0.3, 0.4, 0.6], []),
+        ("forward_kl", [None, 0.4, None, 0.3], ["step-5"]),
+        ("forward_kl", [None, None, None, None], []),
+        ("bits_per_byte_student", [3.0, 2.0, 2.5, 2.5], ["step-2"]),
+        ("exact_match", [0.0, 0.3, 0.4, 0.2], ["step-4"]),
+        ("exact_match", [0.0, 0.3, 0.3, 0.3], ["step-2"]),
+    ],
+)
+def test_the_checkpoint_of_the_best_evaluation_stays(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    best_by: str, values: list[float | None], kept: list[str],
+) -> None:  # fmt: skip
+    scripted(monkeypatch, values, best_by)
+    config = dataclasses.replace(EVALUATED, best_by=best_by)
+    prompts = [mg.data.Prompt("hello", completion=" dog", answer="dog")]
+    train(work, tmp_path, config, eval_prompts=prompts)
+    assert [p.name for p in checkpoints_of(tmp_path)] == kept
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [0.5, 0.3, 0.4, 0.6], "reverse_kl_per_byte")
+    config = dataclasses.replace(EVALUATED, save_every=1)
+    train(work, tmp_path, config, eval_prompts=[mg.data.Prompt("hello")])
+    assert [p.name for p in checkpoints_of(tmp_path)] == ["step-5", "step-2"]
+
+
+def test_a_run_with_evaluations_that_is_stopped_after_each_step_is_the_same(
+    work: Path, tmp_path: Path
+) -> None:
+    prompts = mg.data.read_prompts(work / "prompts.jsonl")
+    config = dataclasses.replace(EVALUATED, save_every=1, best_by="forward_kl")
+    train(work, tmp_path / "whole", config, eval_prompts=prompts)
+    expected = outcome(tmp_path / "whole")
+    assert [row["step"] for row in expected["eval.jsonl"]] == [0, 2, 4, 5]
+    out = tmp_path / "stopped"
+    for _ in range(5):
+        train(work, out, config, resume=True, stop=lambda: True, eval_prompts=prompts)
+    assert_same(out, expected)
+
+
+def test_without_a_folder_there_are_evaluations_too(work: Path) -> None:
+    student, teacher = mg.load(work / "student"), mg.load(work / "teacher")
+    prompts = [mg.data.Prompt("hello")]
+    seen: list[dict[str, Any]] = []
+    config = dataclasses.replace(CONFIG, steps=1, lmbda=1.0, eval_every=0)
+    distill(student, teacher, prompts, config, eval_prompts=prompts, on_eval=seen.append)
+    assert [row["step"] for row in seen] == [0, 1]
+
+
+def test_the_command_line_tells_each_evaluation_and_the_best_one(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, held_out = tmp_path / "run", tmp_path / "held-out.jsonl"
+    held_out.write_text('{"prompt": "hello", "answer": "a"}\n', "utf-8")
+    words = arguments(work, eval_prompts=held_out, best_by="forward_kl", steps=2, lmbda=1.0)
+    assert main([*words, "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [0, 2]
+    for row in rows:
+        told = f"evaluation after step {row['step']}  reverse_kl_per_byte {row['reverse_kl_per_byte']:.4f}"
+        assert told in printed.err
+    best = 2 if rows[1]["forward_kl"] < rows[0]["forward_kl"] else 0
+    assert json.loads(printed.out.splitlines()[-1])["best_step"] == best
+    assert f"best by forward_kl: step {best} of 2" in printed.err
+    assert "in evaluation" in (out / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "message"),
+    [
+        ({"eval_every": 3}, [], r"expected --eval-every with --eval-prompts only"),
+        ({"best_by": "exact_match"}, [], r"expected --best-by with --eval-prompts only"),
+        ({"best_by": "exact_match"}, ["hello"], r"`answer` for --best-by exact_match, got none"),
+        ({"best_by": "bits_per_byte_student"}, ["hello"], r"`completion` for --best-by"),
+        ({}, ["hello " * 500], r"--eval-prompts: prompt of line 0, student: expected at most"),
+    ],
+)
+def test_evaluation_prompts_that_cannot_serve_are_refused_before_anything_is_written(
+    work: Path, tmp_path: Path, changes: dict[str, Any], prompts: list[str], message: str
+) -> None:
+    config = dataclasses.replace(CONFIG, **changes)
+    held_out = [mg.data.Prompt(text) for text in prompts]
+    with pytest.raises(ValueError, match=message):
+        train(work, tmp_path / "run", config, eval_prompts=held_out)
+    assert not (tmp_path / "run").exists()
+
+
 # ----------------------------------------------------------------------- which folder, which run
 def test_a_new_or_empty_folder_begins_a_run(
     work: Path, tmp_path: Path, whole: dict[str, Any]
@@ -637,6 +768,7 @@ def test_other_settings_are_refused_by_name(
         ("student_dtype", "bfloat16", r"student_dtype \(bfloat16 then, float32 now\)"),
         ("teacher_dtype", "bfloat16", r"teacher_dtype \(bfloat16 then, float32 now\)"),
         ("prompts_sha256", "0", r"--prompts \(0 then, \w{64} now\)"),
+        ("eval_prompts_sha256", "0", r"--eval-prompts \(0 then, None now\)"),
         ("later", 1, r"later \(1 then, None now\)"),
         ("versions", {"torch": "1.0"}, r"torch \(1.0 then, .* now\)"),
         ("versions", {"minigold": "9"}, r"minigold \(9 then, "),

@@ -6,7 +6,8 @@ Parts (`--parts`, all of them by default):
 - `sample`: tokens a second of SmolLM2-135M in float32 beside `generate`, at batch 1, 8 and 32. A
   step of decoding reads all weights once; the time that takes, by the bandwidth at which a tensor
   of their size is summed in the same run, is the floor, and the share of it that is reached is
-  printed. The cache of keys and values is not counted.
+  printed. The cache of keys and values is not counted. Beside it: the matrix products of the same
+  steps alone, which no sampler on top of them can beat.
 - `passes`: forward and backward of the same model, next-token cross entropy at all positions, and
   at a fifth of them, drawn at random: minigold then runs up to the last one and gives them alone to
   the head, `transformers` has no such choice and makes all logits.
@@ -79,6 +80,7 @@ from minigold.batch import Rollout  # noqa: E402
 from minigold.chat import render  # noqa: E402
 from minigold.data import Prompt  # noqa: E402
 from minigold.offsets import encode_continuation, spans_of_ids  # noqa: E402
+from minigold.packed import Linear, pack, packed, product  # noqa: E402
 from minigold.pair import make_pair  # noqa: E402
 from minigold.sample import pad, sample  # noqa: E402
 
@@ -415,13 +417,28 @@ def of_sampling(new: int, turns: int) -> Figures:
             found = theirs.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), **settings)
             assert found.shape == (len(ids_BS), 16 + new)
 
-        runs = {"minigold": ours, "transformers": generate}
+        def products(ids_BS: Tensor) -> None:
+            """The matrix products of the steps in minigold, and nothing between them."""
+            head = model.decoder.head.weight_VD
+            with torch.no_grad(), packed(model.decoder.model):
+                layers = [x for x in model.decoder.model.modules() if isinstance(x, Linear)]
+                copy = pack(head)
+                inputs = {n: torch.rand(len(ids_BS), 1, n) for n in {x.in_features for x in layers}}
+                for _ in range(new):
+                    for layer in layers:
+                        layer(inputs[layer.in_features])
+                    product(inputs[head.shape[1]], head, None, copy)
+
+        runs = {"minigold": ours, "transformers": generate, "products": products}
         seconds = in_turns(turns, **{k: functools.partial(run, ids_BS) for k, run in runs.items()})
         for name, xs in seconds.items():
             figures[f"sample {batch} {name} tokens/s"] = batch * new / median(xs)
             figures[f"sample {batch} {name} share of floor"] = new * read / median(xs)
         ratios[batch] = ratio(seconds["transformers"], seconds["minigold"])
         figures[f"sample {batch} ratio"] = ratios[batch]
+        figures[f"sample {batch} ratio if all but products took no time"] = ratio(
+            seconds["transformers"], seconds["products"]
+        )
     name = "sample_tokens_per_second_ratio_minigold_over_transformers"
     return figures | {name: min(ratios[8], ratios[32]), f"{name}_batch_1": ratios[1]}
 
