@@ -666,6 +666,27 @@ MUTANTS = (
         "r.chunks.start",
         "tests/test_evaluate.py",
     ),
+    # less right answers are better
+    Mutant(
+        "minigold/evaluate.py",
+        "sign = -1 if BEST_BY[best_by] else 1",
+        "sign = 1",
+        "tests/test_resume.py",
+    ),
+    # the best checkpoint goes with the oldest
+    Mutant(
+        "minigold/checkpoint.py",
+        'if best is None or _number(old) != best["step"]:',
+        "if True:",
+        "tests/test_resume.py",
+    ),
+    # evaluations of steps that are done again stay
+    Mutant(
+        "minigold/checkpoint.py",
+        "run.evals = read_evals(run.out, n_bytes=sizes[LOGS[2]])",
+        "run.evals = read_evals(run.out)",
+        "tests/test_resume.py",
+    ),
     # the dry run reads the weights
     Mutant("minigold/weights.py", "if shapes_only:\n", "if False:\n", "tests/test_cli.py"),
     # a run may be asked for below a file

@@ -79,12 +79,11 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.unwatched
-def test_the_student_learns_and_its_controls_do_not() -> None:
-    """At reduced steps; the whole lengths are `slow`."""
+def test_the_student_learns_and_a_control_does_not() -> None:
+    """At reduced steps; the whole lengths, and all controls, are `slow`."""
     steps = 250
     assert controls.run_arm("gold", steps=steps, seed=0) >= 0.5
-    for name in ("fine-tuned", "shuffled", "shifted"):
-        assert controls.run_arm(name, steps=steps, seed=0) <= 0.15, name
+    assert controls.run_arm("shifted", steps=steps, seed=0) <= 0.15
 
 
 @pytest.mark.slow
