@@ -807,7 +807,7 @@ MUTANTS = (
     # the checkpoint before goes while the new one is not whole yet
     Mutant(
         "minigold/checkpoint.py",
-        "            for name in LOGS:\n                _flush(self.out / name)\n",
+        "            for name in logs:\n                _flush(self.out / name)\n",
         "            self.keep -= 1\n            self.drop_oldest()\n            self.keep += 1\n",
         "tests/test_resume.py",
     ),
