@@ -856,8 +856,8 @@ MUTANTS = (
     # a signal ends the run without a checkpoint
     Mutant(
         "minigold/train.py",
-        "if run and (stopping or (config.save_every",
-        "if run and ((config.save_every",
+        "saving = best or stopping or (",
+        "saving = best or (",
         "tests/test_resume.py",
     ),
     # handlers stay after the run
