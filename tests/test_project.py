@@ -4,6 +4,7 @@
 import ast
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -163,6 +164,34 @@ def test_the_readme_has_a_line_for_each_module_in_reading_order() -> None:
     assert sorted(name for names in named for name in names) == sorted(minigold.MODULES)
     places = [min(minigold.MODULES.index(name) for name in names) for names in named]
     assert places == sorted(places)
+
+
+def test_the_page_of_vendoring_names_each_leaf_and_what_it_needs() -> None:
+    page = (ROOT / "docs" / "vendoring.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)\.py` \| (.*?)\| (.*?) \|", page, re.MULTILINE)
+    assert {leaf: tuple(re.findall(r"(\w+)\.py", beside)) for leaf, beside, _ in rows} == {
+        leaf: BESIDE.get(leaf, ()) for leaf in LEAVES
+    }
+    for leaf, _, needs in rows:
+        tree = ast.parse((PACKAGE / f"{leaf}.py").read_text("utf-8"))
+        found = {name.partition(".")[0] for name in imports(tree)} & DEPENDENCIES
+        assert set(needs.split(", ")) == found, leaf
+
+
+def test_the_lines_of_the_page_of_vendoring_make_a_package(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "vendoring.md").read_text("utf-8")
+    (lines,) = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine").mkdir()
+    shutil.copytree(PACKAGE, tmp_path / "minigold", ignore=shutil.ignore_patterns("demo_data"))
+    subprocess.run(["bash", "-euc", lines], cwd=tmp_path, check=True)
+    shutil.rmtree(tmp_path / "minigold")
+    code = """
+import sys
+sys.modules["minigold"] = None
+from mine.model import Decoder
+print(Decoder.__module__)
+"""
+    assert python(code, cwd=tmp_path).strip() == "mine.model"
 
 
 def test_leaves_work_when_copied_alone(tmp_path: Path) -> None:
