@@ -23,9 +23,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["EVENTS", "Events", "Measures", "Side", "Vocabulary", "match", "measure"]
+__all__ = ["CHUNK", "EVENTS", "Events", "Measures", "Side", "Vocabulary", "match", "measure"]
 
-EVENTS = ("prefix", "strict", "byte")
+EVENTS = ("prefix", "strict", "byte")  # of what comes next
+CHUNK = "chunk"  # no more than whether the observed chunk comes next
 
 
 class Vocabulary(Protocol):
@@ -156,7 +157,7 @@ class Side:
 class Events:
     """The common events: `event_bytes[e]` is the spelling of event e (b"" for the end of turn).
 
-    `kind` is one of `EVENTS`; `identical`: both sides have the same table of bytes.
+    `kind` is one of `EVENTS`, or `CHUNK`; `identical`: both sides have the same table of bytes.
     """
 
     event_bytes: tuple[bytes, ...]
@@ -210,6 +211,10 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
 
     `byte`: the 256 bytes, and the end of turn. A text token goes to its first byte.
 
+    `chunk`: at each chunk's start its bytes are one event and all else is the other, so that the
+    log-probabilities of the tokens that were taken are enough. Nothing is carried. The maps here are
+    those of `prefix`, for the audit.
+
     With the same table of bytes on both sides the events of `prefix` and `strict` are the ids
     themselves, so that the loss is exactly GKD's.
 
@@ -221,8 +226,10 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
     sides are projected, first pieces come before longest prefixes, and ids with equal bytes are
     summed.
     """
-    if kind not in EVENTS:
-        raise ValueError(f"expected events to be one of {', '.join(EVENTS)}, got {kind!r}")
+    if kind not in (*EVENTS, CHUNK):
+        raise ValueError(
+            f"expected events to be one of {', '.join((*EVENTS, CHUNK))}, got {kind!r}"
+        )
     for name, side in (("student", student), ("teacher", teacher)):
         if "end" not in side.roles:
             raise ValueError(
@@ -299,7 +306,7 @@ def _events_of(
 ) -> list[Callable[[bytes], int]]:
     """Of each side, the event of any bytes; the number of events where there is none."""
     n_events = len(index) + 1  # the end of turn
-    if kind != "prefix":
+    if kind not in ("prefix", CHUNK):
         size = 1 if kind == "byte" else None
         return [lambda text: index.get(text[:size], n_events)] * 2
 

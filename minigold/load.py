@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer
 
 from minigold.chat import render
+from minigold.events import Side
 from minigold.model import Decoder
+from minigold.teacher import Reading, Score, score
 from minigold.weights import load_decoder
 
-__all__ = ["LanguageModel", "load", "read_tokenizer", "resolve"]
+__all__ = ["LanguageModel", "Speaker", "load", "load_speaker", "read_tokenizer", "resolve"]
 
 logger = logging.getLogger("minigold")
 
@@ -31,8 +33,8 @@ MARK = "minigold"  # an answer that no template changes; what follows it ends th
 
 
 @dataclass(frozen=True)
-class LanguageModel:
-    """A decoder and its tokenizer, template and stops.
+class Speaker:
+    """A tokenizer, template and stops: all of a model but its weights.
 
     Args:
         name: as the caller gave it.
@@ -47,7 +49,6 @@ class LanguageModel:
 
     name: str
     folder: Path
-    decoder: Decoder
     tokenizer: Tokenizer
     template: str | None
     bos_token: str
@@ -56,6 +57,28 @@ class LanguageModel:
     end_id: int
     context: int
     n_tokens: int
+
+
+@dataclass(frozen=True)
+class LanguageModel(Speaker):
+    """A speaker and its decoder. As a teacher it is in process, and nothing of it is hidden."""
+
+    decoder: Decoder
+    tier: ClassVar[str] = "dense"
+
+    def read(
+        self, readings: Sequence[Reading], *, side: Side, micro_batch: int, temperature: float
+    ) -> list[Score]:
+        """See `teacher.score`."""
+        return score(
+            self.decoder, readings, end_ids=self.eos_ids, side=side, micro_batch=micro_batch,
+            temperature=temperature,
+        )  # fmt: skip
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What of a teacher the numbers of a run follow from, beside its name."""
+        return {"teacher_dtype": str(self.decoder.dtype).removeprefix("torch.")}
 
 
 def load(
@@ -74,6 +97,24 @@ def load(
         ValueError: a file that cannot be read or used, or no id that ends an answer.
     """
     folder = resolve(name)
+    read_tokenizer(folder / "tokenizer.json")  # before the weights
+    decoder = load_decoder(folder, device=device, dtype=dtype)
+    config = decoder.config
+    speaker = load_speaker(name, folder, rows=config.vocab_size, context=config.context)
+    decoder.n_tokens = speaker.n_tokens  # the head gives no logits for rows of padding
+    return LanguageModel(**vars(speaker), decoder=decoder)
+
+
+def load_speaker(name: str | Path, folder: Path, *, rows: int, context: int) -> Speaker:
+    """All of a model but its weights.
+
+    Args:
+        rows: of its embedding.
+        context: tokens that it can read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     settings = _json(folder / "tokenizer_config.json")
     specials = dict(settings)
@@ -81,9 +122,7 @@ def load(
         specials |= _json(folder / "special_tokens_map.json")
     template = _template(folder, settings)
     bos_token, eos_token = (_text(specials.get(key)) for key in ("bos_token", "eos_token"))
-    decoder = load_decoder(folder, device=device, dtype=dtype)
-    n_tokens = _n_tokens(str(name), tokenizer, decoder.config.vocab_size)
-    decoder.n_tokens = n_tokens  # the head gives no logits for rows of padding
+    n_tokens = _n_tokens(str(name), tokenizer, rows)
     stops = _stops(folder, n_tokens)
     eos = tokenizer.token_to_id(eos_token) if eos_token else None
     turn = _turn_end(tokenizer, template, bos_token=bos_token, eos_token=eos_token)
@@ -94,17 +133,16 @@ def load(
             "set eos_token_id in generation_config.json"
         )
     end_id = known[0]
-    return LanguageModel(
+    return Speaker(
         name=str(name),
         folder=folder,
-        decoder=decoder,
         tokenizer=tokenizer,
         template=template,
         bos_token=bos_token,
         eos_token=eos_token,
         eos_ids=tuple(dict.fromkeys([*stops, end_id])),
         end_id=end_id,
-        context=decoder.config.context,
+        context=context,
         n_tokens=n_tokens,
     )
 

@@ -65,6 +65,17 @@ class Side(Protocol):
     def column(self, event_K: Tensor) -> Tensor: ...
 
 
+class Listed(Protocol):
+    """What a teacher says that names its likeliest tokens alone, as `teacher.Listed` has it."""
+
+    @property
+    def column_MK(self) -> Tensor: ...
+    @property
+    def prob_MK(self) -> Tensor: ...
+    @property
+    def tail_M(self) -> Tensor: ...
+
+
 class Events(Protocol):
     """As `events.match` makes them."""
 
@@ -273,7 +284,7 @@ def _unscaled(
 
 def chunk_losses(
     student_logits_SV: Tensor,
-    teacher_logits_TW: Tensor,
+    teacher_logits_TW: Tensor | Listed | None,
     *,
     rows: ChunkRows,
     events: Events,
@@ -287,9 +298,15 @@ def chunk_losses(
     start, what they say of the rest of the text is mixed in: nothing can be hidden behind a
     boundary that one side would not have made.
 
+    A teacher that says less is compared on less. Of one that lists its likeliest tokens, the events
+    of these, and *tail*: all that the teacher did not list, beside all events of the student's
+    that it did not list. Nothing is scaled up to fill the tail. Of one that says the probability of
+    the chunk alone (`--events chunk`), that chunk and all else.
+
     Args:
         student_logits_SV: differentiable; `rows` says which predictions are read.
-        teacher_logits_TW: no gradient flows into them.
+        teacher_logits_TW: no gradient flows into them. In their place `Listed`; or None, where
+            `rows.teacher_logp_C` is all that is known (then all chunks are observed).
     """
     (one,) = rows.blocks(max(1, len(rows.observed_C)))
     student_NV = _wide(student_logits_SV[one.student.place_N])
@@ -307,25 +324,85 @@ def _compare(student_CX: Tensor, teacher_CX: Tensor, events: Events, beta: float
 
 
 def _laws(
-    student_NV: Tensor, teacher_TK: Tensor, head: Head | None, rows: ChunkRows, events: Events
-) -> tuple[Tensor, Tensor]:
-    """How the text goes on at each chunk, by both models [C, X + 2].
+    student_NV: Tensor, teacher_TK: Tensor | Listed | None, head: Head | None, rows: ChunkRows,
+    events: Events,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """How the text goes on at each chunk, by both models: [C, X + 2], *other* last.
 
-    From the student's logits at `rows`, and the teacher's states and head.
+    From the student's logits at `rows`, and the teacher's states and head, or what it says. With
+    a tail there is one column more, before *other*; of chunks alone there are two in all.
     """
+    if teacher_TK is None:
+        return _chunk_law(student_NV, rows), _one_or_else(rows.teacher_logp_C.to(student_NV))
     student_CX = _student_law(student_NV, rows, events.student)
     with torch.no_grad():
-        return student_CX, _teacher_law(teacher_TK, head, rows, events.teacher)
+        if isinstance(teacher_TK, Tensor):
+            law_CX = _projected(teacher_TK, head, rows.teacher_place_C, events.teacher)
+            return student_CX, _with_carried(law_CX, rows, events.teacher)
+        law_CX, known_CX, tail_C = _listed_law(teacher_TK, student_CX, rows, events.teacher)
+    return _with_tail(student_CX, known_CX), _with_tail(law_CX, known_CX, tail_C)
 
 
-def _teacher_law(states_TD: Tensor, head: Head | None, rows: ChunkRows, side: Side) -> Tensor:
+def _listed_law(
+    teacher: Listed, like_CX: Tensor, rows: ChunkRows, side: Side
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's law, which of its columns are known, and what it did not list."""
     place_C, carry = rows.teacher_place_C, rows.teacher_carry
+    column_CK, tail_C = teacher.column_MK[place_C], teacher.tail_M[place_C].to(like_CX)
+    prob_CK = teacher.prob_MK[place_C].to(like_CX)
+    law_CX = torch.full_like(like_CX, FLOOR).scatter_add_(1, column_CK, prob_CK)
+    law_CX = _with_carried(law_CX, rows, side)
+    over_C = torch.zeros_like(tail_C).index_add(0, carry.chunk_K, carry.mass_K.to(tail_C))
+    known_CX = torch.zeros_like(law_CX, dtype=torch.bool).scatter_(1, column_CK, value=True)
+    known_CX[carry.chunk_K, side.column(carry.event_K)] = True
+    known_CX[:, -2:] = True
+    return law_CX, known_CX, tail_C * (1 - over_C)
+
+
+def _with_tail(law_CX: Tensor, known_CX: Tensor, tail_C: Tensor | None = None) -> Tensor:
+    """The known columns, the tail as one more (by default what is in the others), and *other*."""
+    if tail_C is None:
+        tail_C = law_CX.masked_fill(known_CX, 0).sum(-1)
+    kept_CX = law_CX.masked_fill(~known_CX, FLOOR)
+    return torch.cat([kept_CX[:, :-1], tail_C[:, None] + FLOOR, kept_CX[:, -1:]], dim=1)
+
+
+def _chunk_law(logits_NV: Tensor, rows: ChunkRows) -> Tensor:
+    """Of each chunk, by the student: its probability, that of all else, and 0, [C, 3].
+
+    All else is added up over the places where the text could have left the chunk, so that it keeps
+    its digits, and its gradient, where the student is sure of the chunk.
+    """
+    own, prob_NV = rows.student, logits_NV.softmax(-1)
+    taken_N1 = own.ids_N[:, None]
+    logp_N = logits_NV.log_softmax(-1).gather(1, taken_N1)[:, 0]
+    left_N = prob_NV.scatter(1, taken_N1, 0.0).sum(-1)
+    order_N = own.chunk_N.argsort(stable=True)
+    chunk_N, logp_N, left_N = own.chunk_N[order_N], logp_N[order_N], left_N[order_N]
+    before_N = logp_N.cumsum(0) - logp_N
+    first_N = torch.searchsorted(chunk_N, chunk_N)
+    none_C = logp_N.new_zeros(len(rows.observed_C))
+    else_C = none_C.index_add(0, chunk_N, (before_N - before_N[first_N]).exp() * left_N)
+    prob_C = none_C.index_add(0, chunk_N, logp_N).exp()
+    return torch.stack([prob_C + FLOOR, else_C + FLOOR, none_C], dim=1)
+
+
+def _one_or_else(logp_C: Tensor) -> Tensor:
+    """A chunk's probability, that of all else, and 0, [C, 3]."""
+    return torch.stack([logp_C.exp() + FLOOR, -logp_C.expm1() + FLOOR, 0 * logp_C], dim=1)
+
+
+def _projected(states_TD: Tensor, head: Head | None, place_C: Tensor, side: Side) -> Tensor:
     if head is None and bool(place_C.max() - place_C.min() < 1.5 * len(place_C)):
         low = int(place_C.min())  # logits that stand together are not copied
         near_NX = side.project(_wide(states_TD[low : int(place_C.max()) + 1]).softmax(-1), FLOOR)
-        law_CX = near_NX[place_C - low]
-    else:
-        law_CX = side.project(_logits(states_TD[place_C], head).softmax(-1), FLOOR)
+        return near_NX[place_C - low]
+    return side.project(_logits(states_TD[place_C], head).softmax(-1), FLOOR)
+
+
+def _with_carried(law_CX: Tensor, rows: ChunkRows, side: Side) -> Tensor:
+    """The teacher's law, in place: what longer tokens say, and the observed chunk."""
+    carry = rows.teacher_carry
     mass_K = carry.mass_K.to(law_CX.dtype)
     chunk_B, row_K = carry.chunk_K.unique_consecutive(return_inverse=True)
     stay_B = mass_K.new_ones(len(chunk_B)).index_add(0, row_K, mass_K, alpha=-1).clamp(min=0)
@@ -463,7 +540,7 @@ class _Revise(torch.autograd.Function):
 
 def gold_loss(
     student_SD: Tensor,
-    teacher_TK: Tensor,
+    teacher_TK: Tensor | Listed | None,
     *,
     student_head: Head | None,
     teacher_head: Head | None,
@@ -482,6 +559,7 @@ def gold_loss(
         student_SD: states whose product with the head gives logits; differentiable. `rows` says
             which of them are read. Without a head these are the logits.
         teacher_TK: the same of the teacher; K is the teacher's width. No gradient flows into them.
+            A teacher that says less: see `chunk_losses`.
         weight: 1 / (trained chunks of the whole optimizer step).
         block: chunks at a time.
     """
@@ -506,7 +584,7 @@ def gold_loss(
 @torch.no_grad()
 def look(
     student_SD: Tensor,
-    teacher_TK: Tensor,
+    teacher_TK: Tensor | Listed | None,
     *,
     student_head: Head | None,
     teacher_head: Head | None,

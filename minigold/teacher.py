@@ -5,6 +5,9 @@ The teacher reads the student's text in its own tokens after its own prompt. Wha
 token is kept as a number; its distributions are kept as hidden states, from which `loss.py` makes
 logits again where they are needed. The same reading serves the student on fixed answers, for
 which there is no sampling to take log-probabilities from.
+
+A teacher elsewhere says less: the log-probability of each token and, with luck, the likeliest tokens
+in its place (`Told`). `score_of` makes the same `Score` of that, as far as it goes.
 """
 
 from __future__ import annotations
@@ -22,10 +25,21 @@ from torch import Tensor
 from minigold.events import Side, measure
 from minigold.sample import CausalLM, completion_states, logp_of, pad
 
-__all__ = ["CARRY_FROM", "Carried", "Reading", "Score", "read_states", "score"]
+__all__ = [
+    "CARRY_FROM",
+    "Carried",
+    "Listed",
+    "Reading",
+    "Score",
+    "Told",
+    "read_states",
+    "score",
+    "score_of",
+]
 
 CARRY_FROM = 1e-3  # an overhang under this is left out
 BLOCK = 16  # positions at a time
+ROUNDING = 1e-7  # of float32 sums: what is not listed counts as this at least
 
 
 @dataclass(frozen=True)
@@ -61,18 +75,71 @@ class Carried:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a teacher that keeps its states to itself says of a completion of T tokens. On the CPU.
+
+    Args:
+        logp_M: float64, nats, of each token, and of the end of turn after the last one.
+        id_MK: int64, the listed tokens in the place of each, the token itself among them; K is 0 if
+            none are. Short rows are filled up at their end, with a log-probability of -inf.
+        logp_MK: float64, nats, of these.
+    """
+
+    logp_M: Tensor
+    id_MK: Tensor
+    logp_MK: Tensor
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Predictions of which the likeliest tokens are known, in the columns of `Side.project`.
+
+    Args:
+        column_MK: int64; a column may come more than once.
+        prob_MK: float32, >= 0.
+        tail_M: float32, >= 0, all that is not listed. It makes each row sum to 1.
+    """
+
+    column_MK: Tensor
+    prob_MK: Tensor
+    tail_M: Tensor
+
+    def to(self, device: torch.device | str) -> Listed:
+        return Listed(*(x.to(device) for x in (self.column_MK, self.prob_MK, self.tail_M)))
+
+    @staticmethod
+    def join(parts: Sequence[Listed]) -> Listed:
+        """End to end; shorter lists are filled up with their first column again, without mass."""
+        most = max(one.column_MK.shape[1] for one in parts)
+
+        def filled(one: Listed) -> tuple[Tensor, Tensor]:
+            column_MK, short = one.column_MK, most - one.column_MK.shape[1]
+            again_MK = column_MK[:, :1].expand(-1, short)
+            return torch.cat([column_MK, again_MK], 1), torch.nn.functional.pad(
+                one.prob_MK, (0, short)
+            )
+
+        columns, probs = zip(*map(filled, parts), strict=True)
+        return Listed(
+            torch.cat(columns), torch.cat(probs), torch.cat([one.tail_M for one in parts])
+        )
+
+
+@dataclass(frozen=True)
 class Score:
     """One completion under one model; T tokens.
 
     Args:
         hidden_MD: T + 1 states; state i predicts token i, the last one what follows the completion.
-            All else is on the CPU.
+            Without columns (D is 0) if the teacher keeps them to itself. All else is on the CPU.
         logp_T: float32 on the CPU, nats, of each token.
         end_logp: nats, of any of `end_ids` after the completion.
-        measures_T5: `events.measure` of each token.
+        measures_T5: `events.measure` of each token, as far as is known: where nothing is listed, an
+            overhang of 0 and masses of NaN.
         best_id_M, best_prob_M: int64 and float32, the most likely token in the place of each token,
-            and after the last one; its probability (0-1).
+            and after the last one; its probability (0-1). -1 and NaN where it is not known.
         carried: for chunk starts (token index) where there is some.
+        listed: what is known of the distributions, where there are no states.
     """
 
     hidden_MD: Tensor
@@ -82,6 +149,7 @@ class Score:
     best_id_M: Tensor
     best_prob_M: Tensor
     carried: dict[int, Carried]
+    listed: Listed | None = None
 
     def to(self, device: torch.device | str) -> Score:
         """With its states on another device: off the GPU while others are read, say."""
@@ -136,10 +204,9 @@ def read_states(
 ) -> Score:
     """The score of a completion whose states are known; arguments as in `Score` and `score`."""
     ids_T = torch.tensor(reading.ids, dtype=torch.int64, device=hidden_MD.device)
-    covers = _covers(reading, side) if side.carries else []
-    logps, measures = [hidden_MD.new_zeros(0)], [hidden_MD.new_zeros(0, 5)]
-    masses: list[Tensor] = []
+    logps = [hidden_MD.new_zeros(0)]
     best: list[tuple[Tensor, Tensor]] = []
+    noted = _Notes(reading, side)
     end_logp = float("-inf")
     for start in range(0, len(hidden_MD), block):
         logits_NV = head.logits(hidden_MD[start : start + block])
@@ -151,15 +218,79 @@ def read_states(
         logits_NV, prob_NV = logits_NV[: len(ids_N)], prob_NV[: len(ids_N)]
         logp_N = logp_of(logits_NV, prob_NV, ids_N)
         logps.append(logp_N)
-        measures.append(torch.stack(measure(prob_NV, logp_N, ids_N, side), dim=1))
-        some = covers[len(masses) :]
-        some = some[: bisect_left(some, start + block, key=attrgetter("at"))]
-        masses += _masses(prob_NV, start, some)
+        noted.add(prob_NV, logp_N, ids_N)
     logp_T = torch.cat(logps).cpu()
-    carried = _carried(covers, masses, logp_T.tolist())
     best_prob_M, best_id_M = (torch.cat(part).cpu() for part in zip(*best, strict=True))
-    measures_T5 = torch.cat(measures).cpu()
-    return Score(hidden_MD, logp_T, end_logp, measures_T5, best_id_M, best_prob_M, carried)
+    carried = noted.carried(logp_T)
+    return Score(hidden_MD, logp_T, end_logp, noted.measures_T5, best_id_M, best_prob_M, carried)
+
+
+def score_of(
+    told: Told, reading: Reading, *, end_ids: Sequence[int], side: Side, block: int = BLOCK
+) -> Score:
+    """The score of a completion from what was told of it; arguments as in `score`.
+
+    Of tokens that are not listed nothing is guessed: they are no part of what is carried over a
+    boundary, of the end of turn or of the masses, and they make up `Listed.tail_M`.
+    """
+    n, n_ids = len(reading.ids), len(side.spelling)
+    logp_T, logp_end = told.logp_M[:n].float(), float(told.logp_M[n])
+    nothing_MD = torch.zeros(n + 1, 0)
+    if told.id_MK.shape[1] == 0:
+        measures_T5 = torch.tensor([[0.0, 0.0, math.nan, math.nan, math.nan]]).expand(n, 5)
+        unknown_M = torch.full((n + 1,), -1), torch.full((n + 1,), math.nan)
+        return Score(nothing_MD, logp_T, logp_end, measures_T5, *unknown_M, carried={})
+    inside_MK = told.id_MK < n_ids  # rows of padding beyond them are in no event
+    id_MK = told.id_MK.where(inside_MK, 0)
+    prob_MK = told.logp_MK.exp()
+    own_MK = prob_MK.where(inside_MK, 0.0).float()
+    column_MK = side.column_V.cpu()[id_MK].where(inside_MK, side.n_events + 1)
+    is_listed_MK = told.logp_MK > -math.inf
+    column_MK = column_MK.where(is_listed_MK, column_MK[:, :1])
+    n_listed_M = (is_listed_MK & inside_MK).sum(1)
+    rest_M = (1 - prob_MK.sum(1)).clamp(min=ROUNDING)
+    tail_M = torch.where(n_listed_M < n_ids, rest_M, 0.0).float()
+    noted, ids_T = _Notes(reading, side), torch.tensor(reading.ids, dtype=torch.int64)
+    for start in range(0, n, block):
+        rows = slice(start, min(start + block, n))
+        prob_NV = torch.zeros(rows.stop - start, n_ids).scatter_add_(1, id_MK[rows], own_MK[rows])
+        noted.add(*(x.to(side.event_V.device) for x in (prob_NV, logp_T[rows], ids_T[rows])))
+    measures_T5 = noted.measures_T5
+    measures_T5[:, 3] = (measures_T5[:, 3] - tail_M[:n]).clamp(min=0)  # it is not known where
+    ends_K = told.logp_MK[n][torch.isin(told.id_MK[n], torch.tensor(end_ids))]
+    best_prob_M, best_M = own_MK.max(1)
+    return Score(
+        nothing_MD, logp_T, float(ends_K.logsumexp(0)), measures_T5,
+        id_MK.gather(1, best_M[:, None])[:, 0], best_prob_M, noted.carried(logp_T),
+        Listed(column_MK, prob_MK.float(), tail_M),
+    )  # fmt: skip
+
+
+class _Notes:
+    """What is noted of predictions, block by block in their order."""
+
+    def __init__(self, reading: Reading, side: Side) -> None:
+        self.side = side
+        self.covers = _covers(reading, side) if side.carries else []
+        self.masses: list[Tensor] = []
+        self.measures = [torch.zeros(0, 5)]
+        self.n_done = 0
+
+    def add(self, prob_NV: Tensor, logp_N: Tensor, ids_N: Tensor) -> None:
+        """Of the next tokens: the predictions in their place, their log-probabilities, their ids."""
+        self.measures.append(torch.stack(measure(prob_NV, logp_N, ids_N, self.side), dim=1).cpu())
+        stop = self.n_done + len(ids_N)
+        some = self.covers[len(self.masses) :]
+        some = some[: bisect_left(some, stop, key=attrgetter("at"))]
+        self.masses += _masses(prob_NV, self.n_done, some)
+        self.n_done = stop
+
+    @property
+    def measures_T5(self) -> Tensor:
+        return torch.cat(self.measures)
+
+    def carried(self, logp_T: Tensor) -> dict[int, Carried]:
+        return _carried(self.covers, self.masses, logp_T.tolist())
 
 
 class _Cover(NamedTuple):

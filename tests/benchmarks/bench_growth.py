@@ -89,7 +89,7 @@ def model_of(config: ModelConfig, tokenizer: Tokenizer, name: str) -> LanguageMo
     decoder = Decoder(config).eval()
     decoder.n_tokens = n
     return LanguageModel(
-        name, Path(name), decoder, tokenizer, None, "", "<end>", (end,), end, 4096, n
+        name, Path(name), tokenizer, None, "", "<end>", (end,), end, 4096, n, decoder
     )  # fmt: skip
 
 
