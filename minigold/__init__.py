@@ -14,7 +14,9 @@ Read the files in the order of the data; each imports only from files above it:
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
-    config, data, chat, rope, families, weights, load, pair, batch, rollout    the edges of the loop
+    config, data, chat, rope, families, weights, load    the edges of the loop
+    tiers, wire, http_teacher    how much a teacher says; one that another process serves
+    pair, batch, rollout    both sides of an answer
     masked      rollouts -> the chunks to train, and the gradient there
     metrics     what a step did, in numbers
     generate    prompts -> answers as text
@@ -27,7 +29,7 @@ Read the files in the order of the data; each imports only from files above it:
     compare     two tokenizers and a text -> how their tokens line up
     picture, markup, page    the same, drawn for a terminal and for a browser
     history, chart, report    the folder of a run -> a page with its curves and samples
-    demo, cli_align, cli_models, stop, cli    the demo and the command line
+    demo, cli_align, cli_teacher, cli_models, stop, cli    the demo and the command line
 
 Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
 
@@ -66,9 +68,11 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss",
-    "config", "data", "chat", "rope", "families", "weights", "load", "pair", "batch", "rollout", "masked", "metrics",
+    "config", "data", "chat", "rope", "families", "weights", "load", "tiers", "wire",
+    "http_teacher", "pair", "batch", "rollout", "masked", "metrics",
     "generate", "evaluate", "watch", "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup",
-    "page", "history", "chart", "report", "demo_task", "demo", "cli_align", "cli_models", "stop", "cli",
+    "page", "history", "chart", "report", "demo_task", "demo", "cli_align", "cli_teacher", "cli_models", "stop",
+    "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from minigold.align import Chunks, align
 from minigold.data import Prompt
-from minigold.events import Events
+from minigold.events import CHUNK, Events
 from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows
 from minigold.offsets import (
     CUT,
@@ -110,8 +110,13 @@ class Rollout:
         return self.answer.chunks
 
     def comparable_C(self, events: Events, max_overhang: float) -> Array:
-        """bool [C], chunks whose start is compared: with `strict`, those of one token each."""
+        """bool [C], chunks whose start is compared.
+
+        With `strict` those of one token each, with `chunk` those that can be scored.
+        """
         c, found_C = self.chunks, self.overhang_C <= max_overhang
+        if events.kind == CHUNK:
+            return found_C & self.scorable_C
         if events.kind == "strict" and not events.identical:
             found_C = found_C & (c.s1 - c.s0 == 1) & (c.t1 - c.t0 == 1)
         return found_C
@@ -207,7 +212,7 @@ def rollout_of(
         np.where(scorable_C, student_logp_C, np.nan),
         np.where(scorable_C, teacher_logp_C, np.nan),
         scorable_C,
-        scorable_C & ~_is_one_event(answer, chunks, events) & (events.kind == "prefix"),
+        scorable_C & _is_observed(answer, chunks, events),
         student_stay_C,
         teacher_stay_C,
         overhang_C,
@@ -231,6 +236,13 @@ def _chunk_logps(logp: Array, first_C: Array, stop_C: Array, stay_C: Array) -> A
         return np.zeros(0)
     sums_C = np.add.reduceat(np.append(logp, 0.0), np.stack((first_C, stop_C), axis=1).ravel())[::2]
     return np.where(first_C < stop_C, sums_C, 0.0) + stay_C - np.append(stay_C[1:], 0.0)
+
+
+def _is_observed(answer: Answer, chunks: Chunks, events: Events) -> Array:
+    """bool [C]: the chunk is made an event of its own, if it can be scored."""
+    if events.kind == "prefix":
+        return ~_is_one_event(answer, chunks, events)
+    return np.full(len(chunks.s0), events.kind == CHUNK)
 
 
 def _is_one_event(answer: Answer, chunks: Chunks, events: Events) -> Array:

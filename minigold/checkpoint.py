@@ -211,7 +211,7 @@ def settings_of(
         "student": pair.student.name,
         "teacher": pair.teacher.name,
         "student_dtype": str(pair.student.decoder.dtype).removeprefix("torch."),
-        "teacher_dtype": str(pair.teacher.decoder.dtype).removeprefix("torch."),
+        **pair.teacher.facts,
         "device": str(pair.student.decoder.device),
         "prompts_sha256": _hash(prompts),
         "eval_prompts_sha256": _hash(eval_prompts) if eval_prompts else None,

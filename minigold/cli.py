@@ -17,13 +17,16 @@ import minigold
 from minigold import cli_align, cli_models
 from minigold.checkpoint import check_out, read_evals
 from minigold.cli_models import find_device, find_dtype
+from minigold.cli_teacher import open_teacher, teacher_options
 from minigold.config import BEST_BY, NOT_BUILT, Config, option_name
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
 from minigold.evaluate import best_of
+from minigold.http_teacher import is_address
 from minigold.load import load
 from minigold.report import write_report
 from minigold.stop import asked_to_stop
+from minigold.tiers import check_tier
 from minigold.train import Step, distill
 
 __all__ = ["main"]
@@ -110,9 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train_options(commands: Any) -> None:
     train = commands.add_parser("train", help="distil a teacher into a student")
-    train.add_argument(
-        "--teacher", required=True, help="Hugging Face folder or hub name (required)"
-    )
+    teacher_options(train, "Hugging Face folder or hub name")
     train.add_argument(
         "--student", required=True, help="Hugging Face folder or hub name (required)"
     )
@@ -168,6 +169,11 @@ def _train(args: argparse.Namespace) -> None:
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     check_out(args.out, resume=args.resume)
     dtype = find_dtype(args.dtype, device)
+    if args.dry_run and is_address(args.teacher):
+        raise ValueError(
+            f"expected a folder or hub name as --teacher with --dry-run, got {args.teacher!r}: what a "
+            "server needs is not known here; give the model's own folder for the figures"
+        )
     if args.dry_run:
         pair = load(args.student, device="meta"), load(args.teacher, device="meta", dtype=dtype)
         found = estimate(
@@ -175,8 +181,9 @@ def _train(args: argparse.Namespace) -> None:
         )
         print(told(found), json.dumps(found), sep="\n")
         return
+    teacher = open_teacher(args, device=device, dtype=dtype)
+    check_tier(teacher, config)
     student = load(args.student, device=device)
-    teacher = load(args.teacher, device=device, dtype=dtype)
 
     def show(step: Step) -> None:
         if step.metrics["step"] % config.log_every == 0:

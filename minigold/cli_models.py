@@ -18,13 +18,16 @@ from typing import Any
 import torch
 
 from minigold.chat import prompt_ids
+from minigold.cli_teacher import open_teacher, teacher_options
 from minigold.config import Config
 from minigold.data import Prompt, read_prompts
 from minigold.evaluate import evaluate, told
+from minigold.events import CHUNK
 from minigold.generate import Utterance, stream, write
 from minigold.load import LanguageModel, load
 from minigold.pair import make_pair
 from minigold.rollout import DRAW, seeds_of
+from minigold.tiers import described
 from minigold.train import check_eval_prompts
 
 __all__ = ["find_device", "find_dtype", "find_model", "options"]
@@ -86,7 +89,7 @@ def _prompt_after_options(generate: argparse.ArgumentParser) -> None:
 
 def _eval_options(commands: Any) -> None:
     one = commands.add_parser("eval", help="say how near a student is to its teacher")
-    one.add_argument("--teacher", required=True, help=f"{MODEL} (required)")
+    teacher_options(one, MODEL)
     one.add_argument("--student", required=True, help=f"{MODEL} (required)")
     one.add_argument("--prompts", required=True, type=Path, help=(
         "JSON lines with `prompt`; `completion` and `answer` are used where they are given "
@@ -241,9 +244,11 @@ def _eval(args: argparse.Namespace) -> None:
         teacher_plain=args.teacher_plain or args.plain_prompt,
     )
     device = find_device(args.device)
+    dtype = find_dtype(args.dtype, device)
+    teacher = open_teacher(args, device=device, dtype=dtype, find=find_model)
     student = load(find_model(args.student), device=device)
-    teacher = load(find_model(args.teacher), device=device, dtype=find_dtype(args.dtype, device))
-    pair = make_pair(student, teacher)
+    pair = make_pair(student, teacher, events=CHUNK if teacher.tier == "tokens" else "prefix")
+    log.info(described(teacher))
     check_eval_prompts(prompts, pair, config)
     figures = evaluate(
         pair, prompts, config, on_batch=lambda n: log.info("%d of %d prompts", n, len(prompts))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minigold.disagree import KNOWN_BEFORE, WHERE
-from minigold.events import EVENTS
+from minigold.events import CHUNK, EVENTS
 
 __all__ = ["BEST_BY", "NOT_BUILT", "Config", "option_name"]
 
@@ -42,7 +42,7 @@ class Config:
     temperature: float = _opt(1.0, "of sampling; 1 with top-p 1 and top-k 0 is pure on-policy")
     top_p: float = _opt(1.0, "nucleus of sampling; 1 is off")
     top_k: int = _opt(0, "most likely tokens to sample from; 0 is off")
-    events: str = _opt("prefix", "what is compared: " + ", ".join(EVENTS))
+    events: str = _opt("prefix", "what is compared: " + ", ".join((*EVENTS, CHUNK)))
     beta: float = _opt(0.5, "0 is KL(teacher||student), 1 is KL(student||teacher), between: JSD")
     student_temperature: float = _opt(1.0, "of the student's distributions that are compared")
     teacher_temperature: float = _opt(1.0, "of the teacher's")
@@ -99,12 +99,18 @@ class Config:
                 self._require(f.name, math.isfinite(getattr(self, f.name)), "finite")
         masks = tuple(mask for mask in WHERE if mask != "random")
         for name, values in (
-            ("events", EVENTS),
+            ("events", (*EVENTS, CHUNK)),
             ("where", WHERE),
             ("replay", masks),
             ("best_by", (*BEST_BY,)),
         ):
             self._require(name, getattr(self, name) in values, "one of " + ", ".join(values))
+        if self.events == CHUNK:
+            self._require(
+                "where",
+                not self.picks,
+                f"other with --events {CHUNK}, which has no distributions to rank by",
+            )
         self._require_use("replay", self.where == "random", "--where random")
         self._require_use("threshold", self.mask == "reject", "the mask reject")
         self._require_use(

@@ -96,6 +96,7 @@ def sizes_of(
     All chunks are compared (a mask may leave out most). How many teacher tokens the student's are
     is not known before; it is taken from the text of the prompts.
     """
+    assert isinstance(pair.teacher, LanguageModel)
     plain = {"student": config.student_plain, "teacher": config.teacher_plain}
     read = [p.prompt if p.teacher_prompt is None else p.teacher_prompt for p in prompts]
     lengths = [len(prompt_ids(pair.student, p.prompt, plain=plain["student"])) for p in prompts]

@@ -22,17 +22,18 @@ from minigold.batch import Array, Rollout, pack
 from minigold.chat import prompt_ids
 from minigold.config import BEST_BY, Config
 from minigold.data import Message, Prompt
-from minigold.events import Side
+from minigold.events import CHUNK, Side
 from minigold.generate import said
 from minigold.load import LanguageModel
 from minigold.loss import look
-from minigold.masked import starts_of
+from minigold.masked import starts_of, tempered
 from minigold.metrics import gap_and_bytes
 from minigold.offsets import EXACT, encode_continuation, text_of_ids
 from minigold.pair import Pair
 from minigold.rollout import EVAL, collect, precision, sample_answers, seeds_of
 from minigold.sample import sample
 from minigold.teacher import Reading, score
+from minigold.tiers import Teacher
 
 __all__ = [
     "FIGURES",
@@ -218,11 +219,13 @@ def forward_kl(pair: Pair, rollouts: Sequence[Rollout], config: Config) -> list[
     """KL(teacher||student) of the next event at each chunk's start that is compared, in nats.
 
     The teacher's distribution is conditioned on having an event, the student's is not (`loss.py`
-    at beta 0): what the student gives to tokens without an event counts against it.
+    at beta 0): what the student gives to tokens without an event counts against it. Nothing of a
+    teacher that does not say all of its distribution, or where chunks are all that is compared.
     """
     masks = [r.comparable_C(pair.events, config.max_overhang) for r in rollouts]
     counts = [int(mask.sum()) for mask in masks]
-    if not any(counts):
+    dense = isinstance(pair.teacher, LanguageModel) and pair.events.kind != CHUNK
+    if not any(counts) or not dense:
         return [np.zeros(0)] * len(rollouts)
     student, theirs = pair.student, [r.score.hidden_MD for r in rollouts]
     with precision(student):
@@ -246,7 +249,7 @@ def forward_kl(pair: Pair, rollouts: Sequence[Rollout], config: Config) -> list[
             torch.cat(ours),
             torch.cat(theirs),
             student_head=student.decoder.head,
-            teacher_head=pair.teacher.decoder.head,
+            teacher_head=tempered(pair.teacher, 1.0),
             rows=rows,
             events=pair.events,
             beta=0.0,
@@ -260,16 +263,13 @@ def _bits(pair: Pair, prompts: Sequence[Prompt], config: Config) -> tuple[list[R
     texts = [p.completion or "" for p in prompts]
 
     def of(
-        model: LanguageModel, side: Side, told: Sequence[str | list[Message]], *, plain: bool
+        model: Teacher, side: Side, told: Sequence[str | list[Message]], *, plain: bool
     ) -> list[Ratio]:
         readings = [
             Reading(prompt_ids(model, one, plain=plain), encode_continuation(model.tokenizer, text)[0])
             for one, text in zip(told, texts, strict=True)
         ]  # fmt: skip
-        scores = score(
-            model.decoder, readings, end_ids=[model.end_id], side=side,
-            micro_batch=config.micro_batch,
-        )  # fmt: skip
+        scores = model.read(readings, side=side, micro_batch=config.micro_batch, temperature=1.0)
         return [
             (-float(one.logp_T.double().sum()) / math.log(2), len(text.encode("utf-8")))
             for one, text in zip(scores, texts, strict=True)

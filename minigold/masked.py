@@ -27,12 +27,14 @@ from minigold.disagree import (
     replayed,
     soft_or,
 )
-from minigold.events import Events
+from minigold.events import CHUNK, Events
 from minigold.load import LanguageModel
 from minigold.loss import gold_loss, look
 from minigold.pair import Pair
 from minigold.rollout import precision
 from minigold.sample import completion_states, pad
+from minigold.teacher import Listed, Score
+from minigold.tiers import Teacher
 
 __all__ = ["Pass", "acceptance_of", "choose_chunks", "train_pass"]
 
@@ -135,7 +137,7 @@ def train_pass(
         inputs = [
             [*r.answer.prompt_ids, *r.answer.ids][:n] for r, n in zip(rows, lengths, strict=True)
         ]
-        teacher = [r.score.hidden_MD.to(device) for r in rows]
+        said = [r.score.to(device) for r in rows]
         with precision(pair.student):
             hidden_BSD = pair.student.decoder(pad(inputs, device))
             student = [
@@ -144,11 +146,11 @@ def train_pass(
             ]
             places: dict[str, Any] = {
                 "student_starts": starts_of(student),
-                "teacher_starts": starts_of(teacher),
+                "teacher_starts": starts_of([one.hidden_MD for one in said]),
                 "teacher_end_id": pair.teacher.end_id,
                 "device": device,
             }
-            states = torch.cat(student), torch.cat(teacher)
+            states = torch.cat(student), what_was_said(said, pair.events)
             settings: dict[str, Any] = {**heads, "events": pair.events, "beta": config.beta}
             if config.picks:
                 values = look(*states, rows=pack(rows, masks, **places), **settings)
@@ -162,8 +164,18 @@ def train_pass(
     return Pass(total, work_saved(pair.student, rollouts, chosen, trained), trained)
 
 
-def tempered(model: LanguageModel, temperature: float) -> Any:
-    """The model's head, its logits divided by a temperature."""
+def what_was_said(scores: Sequence[Score], events: Events) -> Tensor | Listed | None:
+    """What the loss compares with: the teacher's states, or what it lists, or chunks alone."""
+    if events.kind == CHUNK:
+        return None
+    listed = [one.listed for one in scores if one.listed is not None]
+    return Listed.join(listed) if listed else torch.cat([one.hidden_MD for one in scores])
+
+
+def tempered(model: LanguageModel | Teacher, temperature: float) -> Any:
+    """The model's head, its logits divided by a temperature; None if it is not in this process."""
+    if not isinstance(model, LanguageModel):
+        return None
     head = model.decoder.head
     return head if temperature == 1 else head._replace(temperature=temperature)
 

@@ -38,6 +38,7 @@ from minigold.offsets import (
     text_of_ids,
     vocabulary,
 )
+from minigold.tiers import Teacher
 
 __all__ = ["Pair", "cache_folder", "check_student", "lost_text", "make_pair", "matched"]
 
@@ -70,11 +71,11 @@ class Pair:
     """Both models, and the events between their vocabularies (on the student's device)."""
 
     student: LanguageModel
-    teacher: LanguageModel
+    teacher: Teacher
     events: Events
 
 
-def make_pair(student: LanguageModel, teacher: LanguageModel, *, events: str = "prefix") -> Pair:
+def make_pair(student: LanguageModel, teacher: Teacher, *, events: str = "prefix") -> Pair:
     """Probes both tokenizers and matches their vocabularies; `events` is a kind of `events.match`.
 
     Raises:

@@ -26,6 +26,7 @@ from minigold.offsets import encode_continuation
 from minigold.pair import Pair
 from minigold.sample import logp_of, sample
 from minigold.teacher import Reading, score
+from minigold.tiers import Teacher
 
 __all__ = ["collect", "precision", "sample_answers", "seeds_of"]
 
@@ -121,10 +122,8 @@ def collect(
     """Lets the teacher read all answers (and the student those that it did not sample)."""
     events, student = pair.events, pair.student
     _warn_of_length(pair.teacher, answers)
-    scores = score(
-        pair.teacher.decoder,
+    scores = pair.teacher.read(
         [a.reading for a in answers],
-        end_ids=pair.teacher.eos_ids,
         side=events.teacher,
         micro_batch=config.micro_batch,
         temperature=config.teacher_temperature,
@@ -155,7 +154,7 @@ def collect(
     return rollouts
 
 
-def _warn_of_length(teacher: LanguageModel, answers: Sequence[Answer]) -> None:
+def _warn_of_length(teacher: Teacher, answers: Sequence[Answer]) -> None:
     longest = max(len(a.teacher_prompt_ids) + len(a.teacher_ids) for a in answers)
     if longest > teacher.context:
         log.warning(

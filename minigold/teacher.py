@@ -152,8 +152,9 @@ class Score:
     listed: Listed | None = None
 
     def to(self, device: torch.device | str) -> Score:
-        """With its states on another device: off the GPU while others are read, say."""
-        return replace(self, hidden_MD=self.hidden_MD.to(device))
+        """With its states, or what stands for them, on another device: off the GPU while others are read, say."""
+        listed = None if self.listed is None else self.listed.to(device)
+        return replace(self, hidden_MD=self.hidden_MD.to(device), listed=listed)
 
 
 @torch.no_grad()

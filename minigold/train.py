@@ -27,11 +27,12 @@ from minigold.checkpoint import Run, open_run
 from minigold.config import Config, option_name
 from minigold.data import Prompt
 from minigold.evaluate import best_of, evaluate
-from minigold.load import LanguageModel
+from minigold.load import LanguageModel, Speaker
 from minigold.masked import acceptance_of, choose_chunks, train_pass
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
+from minigold.tiers import Teacher, check_tier, described
 from minigold.watch import collapses, failed_in_a_row, finite
 
 __all__ = ["Config", "Step", "check_eval_prompts", "check_prompts", "distill"]
@@ -56,7 +57,7 @@ class Step:
 
 def distill(
     student: LanguageModel,
-    teacher: LanguageModel,
+    teacher: Teacher,
     prompts: Sequence[Prompt],
     config: Config | None = None,
     *,
@@ -82,7 +83,8 @@ def distill(
         stop: asked after each step but the last; true ends the run early, with a checkpoint.
 
     Raises:
-        ValueError: prompts that do not fit the models or the settings, a folder that is not empty
+        ValueError: prompts that do not fit the models or the settings, a loss that the teacher does not
+            say enough for, a folder that is not empty
             or, with `resume`, holds another run.
         FloatingPointError: loss or gradient were not finite in `patience` steps in a row (the
             weights are those before), or a weight is not.
@@ -91,13 +93,14 @@ def distill(
     config = config or Config()
     if resume and out is None:
         raise ValueError("expected `out` with `resume`, got none; name the folder of the run")
+    check_tier(teacher, config)
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
     check_eval_prompts(eval_prompts, pair, config)
     student.decoder.cuda_graphs = config.cuda_graphs
     student.decoder.train()
     student.decoder.requires_grad_(True)
-    teacher.decoder.eval()
+    _present(teacher)
     optimizer = adamw(student.decoder, config)
     run = None
     if out:
@@ -128,6 +131,12 @@ def distill(
     if run:
         run.finish()
     return history
+
+
+def _present(teacher: Teacher) -> None:
+    log.info(described(teacher))
+    if isinstance(teacher, LanguageModel):
+        teacher.decoder.eval()
 
 
 def _evaluator(
@@ -299,6 +308,11 @@ def check_eval_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) ->
                     "file of held-out prompts, or leave it out"
                 )
         return
+    if config.best_by == "forward_kl" and pair.teacher.tier != "dense":
+        raise ValueError(
+            "expected a teacher of the tier dense for --best-by forward_kl, got one of the tier "
+            f"{pair.teacher.tier}, which does not say all of its distribution; name another figure"
+        )
     needed = {"exact_match": "answer", "bits_per_byte_student": "completion"}.get(config.best_by)
     if needed and all(getattr(p, needed) is None for p in prompts):
         raise ValueError(
@@ -313,7 +327,7 @@ def check_eval_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) ->
 
 
 def _check_length(
-    model: LanguageModel, text: Any, completion: str | None, config: Config, *, plain: bool
+    model: Speaker | Teacher, text: Any, completion: str | None, config: Config, *, plain: bool
 ) -> None:
     n, most = len(prompt_ids(model, text, plain=plain)), model.context - config.max_new_tokens
     if n > most:

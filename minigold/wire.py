@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests in, the JSON of a server's answers out: time-outs, retries, several at a time.
+
+What passes (no connection, a server that starts again, an answer that is torn) is tried again for a
+while; what does not is an error at once. The standard library's client: proxies and redirects are
+not followed, and a connection serves one request.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+__all__ = ["ServerError", "Wire", "wire_to"]
+
+log = logging.getLogger("minigold")
+AGAIN = (408, 425, 429, 500, 502, 503, 504)  # what a server says that is busy, or starts
+FIRST, LONGEST = 0.5, 30.0  # seconds between tries: doubled from the first to the longest
+SHOWN = 200  # characters of an answer in a message
+T = TypeVar("T")
+
+
+class ServerError(OSError):
+    """A server that does not come back, or whose answer is not what was asked for."""
+
+
+class _PassingError(Exception):
+    """It may be better in a while."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The way to a server.
+
+    Args:
+        prefix: of all paths, without a slash at its end.
+        timeout: seconds for one exchange.
+        patience: seconds for which what passes is tried again.
+        connections: requests at a time.
+        key: sent as a bearer token, if there is one.
+        stopped: ends the waiting of all threads.
+        quiet: until when no more is said of trouble, by `time.monotonic`.
+        troubled: something was tried again since this was cleared.
+    """
+
+    scheme: str
+    host: str
+    port: int | None
+    prefix: str
+    timeout: float
+    patience: float
+    connections: int
+    key: str = ""
+    stopped: threading.Event = field(default_factory=threading.Event)
+    troubled: threading.Event = field(default_factory=threading.Event)
+    quiet: list[float] = field(default_factory=lambda: [0.0])
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}{f':{self.port}' if self.port else ''}{self.prefix}"
+
+    def ask(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        most: int,
+        patience: float | None = None,
+    ) -> Any:
+        """The value of the answer to a GET, or to a POST of `body`.
+
+        Args:
+            most: bytes of an answer.
+            patience: in place of the wire's own.
+
+        Raises:
+            ServerError: it does not come in time, is refused, too large or no JSON.
+        """
+        limit = time.monotonic() + (self.patience if patience is None else patience)
+        delay = FIRST
+        while True:
+            try:
+                return self._exchange(path, body, most)
+            except _PassingError as error:
+                self.troubled.set()
+                if time.monotonic() + delay > limit or self.stopped.is_set():
+                    raise ServerError(
+                        f"expected an answer of {self.url}{path}, got {error}; start the server "
+                        "again or check the address (--teacher-patience is how long a run waits)"
+                    ) from error
+                if time.monotonic() >= self.quiet[0]:  # not once a thread
+                    self.quiet[0] = time.monotonic() + delay
+                    log.warning("%s: %s; it is tried again in %.1f s", self.url, error, delay)
+                self.stopped.wait(delay)
+                delay = min(2 * delay, LONGEST)
+
+    def together(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """What the jobs return, in their order; the first error ends all of them."""
+        done: dict[int, T] = {}
+        errors: list[Exception] = []
+        left, lock = iter(enumerate(jobs)), threading.Lock()
+
+        def work() -> None:
+            while not self.stopped.is_set():
+                with lock:
+                    i, job = next(left, (-1, None))
+                if job is None:
+                    return
+                try:
+                    done[i] = job()
+                except Exception as error:  # noqa: BLE001 - it is raised again below
+                    errors.append(error)
+                    self.stopped.set()
+
+        self.stopped.clear()
+        # daemons: who stops a run does not wait for answers
+        threads = [
+            threading.Thread(target=work, daemon=True)
+            for _ in range(min(self.connections, len(jobs)))
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            self.stopped.set()
+            raise
+        self.stopped.clear()
+        if errors:
+            raise errors[0]
+        return [done[i] for i in range(len(jobs))]
+
+    def _exchange(self, path: str, body: dict[str, Any] | None, most: int) -> Any:
+        kind = HTTPSConnection if self.scheme == "https" else HTTPConnection
+        until = time.monotonic() + self.timeout
+        connection = kind(self.host, self.port, timeout=self.timeout)
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            connection.request("GET" if body is None else "POST", self.prefix + path, data, headers)
+            response = connection.getresponse()
+            raw = _body(response, most, until)
+        except TimeoutError as error:
+            raise _PassingError(f"no whole answer within {self.timeout:g} s") from error
+        except (OSError, HTTPException) as error:
+            raise _PassingError(f"{type(error).__name__} ({error})") from error
+        finally:
+            connection.close()
+        if response.status in AGAIN:
+            raise _PassingError(f"status {response.status} ({_shown(raw)})")
+        if response.status != 200:
+            hint = "; set MINIGOLD_TEACHER_KEY" if response.status in (401, 403) else ""
+            raise ServerError(
+                f"expected status 200 of {self.url}{path}, got {response.status} ({_shown(raw)}){hint}"
+            )
+        if len(raw) > most:
+            raise ServerError(
+                f"expected at most {most:,} bytes of {self.url}{path} for what was asked, got more; "
+                "check that it is the server that you mean"
+            )
+        try:
+            return json.loads(raw, parse_constant=_refused)
+        except (ValueError, RecursionError) as error:
+            raise ServerError(
+                f"expected JSON of {self.url}{path}, got {_shown(raw)!r} ({error}); check that it is "
+                "the server that you mean"
+            ) from error
+
+
+def wire_to(url: str, *, timeout: float, patience: float, connections: int, key: str = "") -> Wire:
+    """The way to an address `http://host:port`, perhaps with a path.
+
+    Raises:
+        ValueError: it is no such address.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(
+            f"expected an address as http://host:port, got {url!r} ({error})"
+        ) from error
+    more = parts.query or parts.fragment or parts.username or parts.password
+    if parts.scheme not in ("http", "https") or not parts.hostname or more:
+        raise ValueError(
+            f"expected an address as http://host:port, with a path or without, got {url!r}; give a "
+            "key in MINIGOLD_TEACHER_KEY, if the server wants one"
+        )
+    return Wire(
+        parts.scheme,
+        parts.hostname,
+        port,
+        parts.path.rstrip("/"),
+        timeout,
+        patience,
+        connections,
+        key,
+    )
+
+
+def _body(response: HTTPResponse, most: int, until: float) -> bytes:
+    """The answer, or a little more than `most` bytes of it."""
+    parts, size = [], 0
+    while size <= most:
+        part = response.read1(2**16)
+        if not part:
+            break
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > until:
+            raise TimeoutError
+    if size <= most and response.length:  # of those that were promised
+        raise HTTPException(f"{response.length} bytes too few")
+    return b"".join(parts)
+
+
+def _refused(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _shown(raw: bytes) -> str:
+    text = " ".join(raw[: 4 * SHOWN].decode("utf-8", "replace").split())
+    return text[:SHOWN] + "…" * (len(text) > SHOWN)
