@@ -17,6 +17,7 @@ Read the files in the order of the data; each imports only from files above it:
     config, data, chat, rope, families, weights, load    the edges of the loop
     tiers, wire, http_teacher    how much a teacher says; one that another process serves
     pair, batch, rollout    both sides of an answer
+    score       completions -> a file of what the teacher says, which is a teacher too
     masked      rollouts -> the chunks to train, and the gradient there
     metrics     what a step did, in numbers
     generate    prompts -> answers as text
@@ -69,7 +70,7 @@ __version__ = "0.1.0"
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss",
     "config", "data", "chat", "rope", "families", "weights", "load", "tiers", "wire",
-    "http_teacher", "pair", "batch", "rollout", "masked", "metrics",
+    "http_teacher", "pair", "batch", "rollout", "score", "masked", "metrics",
     "generate", "evaluate", "watch", "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup",
     "page", "history", "chart", "report", "demo_task", "demo", "cli_align", "cli_teacher", "cli_models", "stop",
     "cli",

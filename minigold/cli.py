@@ -32,8 +32,7 @@ from minigold.train import Step, distill
 __all__ = ["main"]
 
 log = logging.getLogger("minigold")
-COMMANDS = ("train", "align", "generate", "eval", "report", "demo")
-COMMANDS_NOT_BUILT = ("score",)
+COMMANDS = ("train", "align", "generate", "eval", "score", "report", "demo")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,11 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse_unbuilt(args: Sequence[str]) -> None:
-    if args and args[0] in COMMANDS_NOT_BUILT:
-        raise ValueError(
-            f"expected a command that this version has ({', '.join(COMMANDS)}), got {args[0]!r}, "
-            "which is not built yet"
-        )
     for arg in args if args[:1] == ["train"] else ():
         name = arg.partition("=")[0]
         if name in NOT_BUILT:
@@ -169,10 +163,11 @@ def _train(args: argparse.Namespace) -> None:
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     check_out(args.out, resume=args.resume)
     dtype = find_dtype(args.dtype, device)
-    if args.dry_run and is_address(args.teacher):
+    elsewhere = is_address(args.teacher) or args.teacher.endswith(".safetensors")
+    if args.dry_run and elsewhere:
         raise ValueError(
-            f"expected a folder or hub name as --teacher with --dry-run, got {args.teacher!r}: what a "
-            "server needs is not known here; give the model's own folder for the figures"
+            f"expected a folder or hub name as --teacher with --dry-run, got {args.teacher!r}: what "
+            "it needs is not known here; give the model's own folder for the figures"
         )
     if args.dry_run:
         pair = load(args.student, device="meta"), load(args.teacher, device="meta", dtype=dtype)

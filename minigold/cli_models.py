@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`minigold generate` and `minigold eval`: what is asked, read and written.
+"""`minigold generate`, `eval` and `score`: what is asked, read and written.
 
 The answers are made in `generate.py`, the figures in `evaluate.py`.
 """
@@ -18,7 +18,12 @@ from typing import Any
 import torch
 
 from minigold.chat import prompt_ids
-from minigold.cli_teacher import open_teacher, teacher_options
+from minigold.cli_teacher import (
+    open_teacher,
+    score_completions,
+    score_options,
+    teacher_options,
+)
 from minigold.config import Config
 from minigold.data import Prompt, read_prompts
 from minigold.evaluate import evaluate, told
@@ -27,6 +32,7 @@ from minigold.generate import Utterance, stream, write
 from minigold.load import LanguageModel, load
 from minigold.pair import make_pair
 from minigold.rollout import DRAW, seeds_of
+from minigold.score import KeptTeacher
 from minigold.tiers import described
 from minigold.train import check_eval_prompts
 
@@ -40,9 +46,10 @@ MODEL = (
 
 
 def options(commands: Any) -> None:
-    """Adds `generate` and `eval` to the commands of `minigold`."""
+    """Adds `generate`, `eval` and `score` to the commands of `minigold`."""
     _generate_options(commands)
     _eval_options(commands)
+    score_options(commands, _device_options, _score)
 
 
 def _generate_options(commands: Any) -> None:
@@ -246,6 +253,11 @@ def _eval(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     teacher = open_teacher(args, device=device, dtype=dtype, find=find_model)
+    if isinstance(teacher, KeptTeacher):
+        raise ValueError(
+            f"expected a teacher that reads what the student samples, got the scores {args.teacher}; "
+            "give the teacher itself"
+        )
     student = load(find_model(args.student), device=device)
     pair = make_pair(student, teacher, events=CHUNK if teacher.tier == "tokens" else "prefix")
     log.info(described(teacher))
@@ -256,6 +268,11 @@ def _eval(args: argparse.Namespace) -> None:
     if not args.json:
         print(told(figures))
     print(json.dumps(figures))
+
+
+def _score(args: argparse.Namespace) -> None:
+    device = find_device(args.device)
+    score_completions(args, device, find_dtype(args.dtype, device))
 
 
 # -- models and devices --------------------------------------------------------------------------

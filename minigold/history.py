@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     chunks: list[Chunk]
     acceptance: list[float]
     trained: list[bool]
-    best: list[tuple[str, float]]
+    best: list[tuple[str, float] | None]
     extra: dict[str, Any]
 
 
@@ -144,6 +144,10 @@ def _cases(path: Path) -> tuple[list[list[Sample]], int]:
     return [[_sample(path, line) for line in met] for met in chosen], n
 
 
+def _likeliest(text: Any, prob: Any) -> tuple[str, float]:
+    return str(text), float(prob)
+
+
 def _sample(path: Path, line: _Line) -> Sample:
     with path.open("rb") as file:
         file.seek(line.place)
@@ -163,7 +167,7 @@ def _sample(path: Path, line: _Line) -> Sample:
             [Chunk(*map(int, chunk)) for chunk in row["chunks"]],
             [float(a) for a in row["acceptance"]],
             row["trained"],
-            [(str(text), float(prob)) for text, prob in row["teacher_best"]],
+            [one if one is None else _likeliest(*one) for one in row["teacher_best"]],
             {k: v for k, v in row.items() if k in SHOWN or k not in (*COLUMNS, *RESERVED)},
         )
     except KeyError as error:

@@ -386,14 +386,17 @@ def _read_sglang(answer: Any, ids: Sequence[int], start: int, last: int) -> list
         if _size(tops) != len(wanted):
             raise _MisfitError(f"{_size(tops)} lists for {len(wanted)} tokens")
         for place, listed in zip(places, tops[1:], strict=True):
-            own = dict(place)
-            place.update({int(one[1]): one[0] for one in listed})
-            if len({one[1] for one in listed}) != len(listed):
-                raise _MisfitError("a token twice in a list")
-            if any(abs(place[i] - x) > SLACK for i, x in own.items()):
+            top = {int(one[1]): one[0] for one in listed}
+            if not len(top) == len(listed) == len(tops[1]):
+                raise _MisfitError("a list with a token twice, or of another length")
+            if any(_differ(top.get(i, x), x) for i, x in place.items()):
                 raise _MisfitError("two log-probabilities of one token")
-            place.update(own)
+            place |= {**top, **place}
     return places
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return isinstance(a, float) and isinstance(b, float) and abs(a - b) > SLACK
 
 
 def _size(value: Any) -> int:

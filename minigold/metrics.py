@@ -65,6 +65,7 @@ def step_metrics(
         "one_to_one_fraction": _one_to_one(rollouts),
         "unscorable": _unscorable(rollouts),
         **_masses(rollouts),
+        "tail_mass_teacher": _tail(rollouts),
         "overhang_fraction": _overhanging(rollouts),
         "noncanonical_share": _noncanonical(sampled),
         "repetition": _repetition(sampled),
@@ -111,8 +112,8 @@ def _given(prompt: Prompt) -> dict[str, Any]:
     return {key: value for key, value in own.items() if value is not None} | prompt.extra
 
 
-def _best(rollout: Rollout, pair: Pair) -> list[list[str | float]]:
-    """The teacher's most likely token at each chunk's start, and its probability (0-1)."""
+def _best(rollout: Rollout, pair: Pair) -> list[list[str | float] | None]:
+    """The teacher's most likely token at each chunk's start, and its probability (0-1), if known."""
     spelling, tokenizer = pair.events.teacher.spelling, pair.teacher.tokenizer
     places, score = torch.as_tensor(rollout.chunks.t0), rollout.score
     best = zip(score.best_id_M[places].tolist(), score.best_prob_M[places].tolist(), strict=True)
@@ -121,6 +122,8 @@ def _best(rollout: Rollout, pair: Pair) -> list[list[str | float]]:
             spelling[i].decode("utf-8", "replace") or tokenizer.id_to_token(i) or f"#{i}",
             round(prob, 4),
         ]
+        if i >= 0
+        else None
         for i, prob in best
     ]
 
@@ -132,11 +135,16 @@ def audit(rollouts: Sequence[Rollout], events: Events) -> str:
     for name, side in (("student", events.student), ("teacher", events.teacher)):
         other = mass[f"other_mass_{name}"] or 0.0
         shared = mass[f"shared_mass_{name}"] or 0.0
+        tail = (_tail(rollouts) or 0.0) if name == "teacher" else 0.0
         texts = [text for text in side.spelling if text]
+        masses = (
+            f"mass in shared tokens {shared:.4f}, projected "
+            f"{max(0.0, 1 - shared - other - tail):.4f}, other {other:.4f}"
+        ) + (f", not listed {tail:.4f}" if tail else "")
         lines.append(
             f"  {name}: {int(side.shared_V.sum())} of {len(side.spelling)} ids are events, "
-            f"{len(texts) - len(set(texts))} repeat another's bytes; mass in shared tokens "
-            f"{shared:.4f}, projected {max(0.0, 1 - shared - other):.4f}, other {other:.4f}"
+            f"{len(texts) - len(set(texts))} repeat another's bytes; "
+            + ("its masses are not told" if math.isnan(shared) else masses)
         )
         if other > OTHER_LIMIT:
             log.warning(
@@ -225,6 +233,13 @@ def _masses(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
         for kind, column in (("shared", 2), ("other", 4))
         for name, found in (("student", student), ("teacher", teacher))
     }
+
+
+def _tail(rollouts: Sequence[Rollout]) -> float | None:
+    """Mean over the teacher's tokens of what it did not list; None if it is not one that lists."""
+    tails = [r.score.listed.tail_M[:-1] for r in rollouts if r.score.listed is not None]
+    found = torch.cat(tails) if tails else torch.zeros(0)
+    return float(found.mean()) if len(found) else None
 
 
 def _per_byte(rollouts: Sequence[Rollout]) -> float | None:

@@ -421,8 +421,10 @@ def _token(sample: Sample, s: int) -> str:
 def _sheet(sample: Sample, k: int) -> str:
     """What the teacher says of a chunk, and what it is made of."""
     s0, s1, t0, t1, start, end, flaw = sample.chunks[k]
-    best, prob = sample.best[k]
-    wanted = token_html(Token(0, 0, 0, EXACT, best.encode("utf-8", "replace"), ""))
+    said = ""
+    if best := sample.best[k]:
+        wanted = token_html(Token(0, 0, 0, EXACT, best[0].encode("utf-8", "replace"), ""))
+        said = f"; the teacher would most likely go on with <code>{wanted}</code> ({100 * best[1]:.0f} %)"
     verdict = (
         f"It would refuse the student's chunk in {100 * (1 - sample.acceptance[k]):.0f} % of cases"
     )
@@ -434,8 +436,7 @@ def _sheet(sample: Sample, k: int) -> str:
         if found
     ]
     return (
-        f"<p>The student wrote <code>{''.join(_tokens(sample, s0, s1))}</code>; the teacher would "
-        f"most likely go on with <code>{wanted}</code> ({100 * prob:.0f} %).</p><p>{verdict}; "
+        f"<p>The student wrote <code>{''.join(_tokens(sample, s0, s1))}</code>{said}.</p><p>{verdict}; "
         f"{'' if sample.trained[k] else 'not '}trained.</p>"
         f'<p class="soft">Bytes {start} to {end}; {"; ".join(ids)}.</p>'
     )

@@ -114,8 +114,8 @@ class Listed:
 
         def filled(one: Listed) -> tuple[Tensor, Tensor]:
             column_MK, short = one.column_MK, most - one.column_MK.shape[1]
-            again_MK = column_MK[:, :1].expand(-1, short)
-            return torch.cat([column_MK, again_MK], 1), torch.nn.functional.pad(
+            again_MJ = column_MK[:, :1].expand(-1, short)
+            return torch.cat([column_MK, again_MJ], 1), torch.nn.functional.pad(
                 one.prob_MK, (0, short)
             )
 
@@ -258,10 +258,10 @@ def score_of(
         noted.add(*(x.to(side.event_V.device) for x in (prob_NV, logp_T[rows], ids_T[rows])))
     measures_T5 = noted.measures_T5
     measures_T5[:, 3] = (measures_T5[:, 3] - tail_M[:n]).clamp(min=0)  # it is not known where
-    ends_K = told.logp_MK[n][torch.isin(told.id_MK[n], torch.tensor(end_ids))]
+    ends_J = told.logp_MK[n][torch.isin(told.id_MK[n], torch.tensor(end_ids))]
     best_prob_M, best_M = own_MK.max(1)
     return Score(
-        nothing_MD, logp_T, float(ends_K.logsumexp(0)), measures_T5,
+        nothing_MD, logp_T, float(ends_J.logsumexp(0)), measures_T5,
         id_MK.gather(1, best_M[:, None])[:, 0], best_prob_M, noted.carried(logp_T),
         Listed(column_MK, prob_MK.float(), tail_M),
     )  # fmt: skip

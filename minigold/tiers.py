@@ -102,13 +102,26 @@ class Teller(Speaker):
         """Scores of what was told; see `teacher.score`.
 
         Raises:
-            ValueError: a temperature, or a completion that is too long.
+            ValueError: a temperature, or what `check_lengths` refuses.
         """
         if temperature != 1:
             raise ValueError(
                 f"expected a teacher of the tier dense for a temperature of {temperature}, got one "
                 f"of the tier {self.tier}; leave it at 1"
             )
+        self.check_lengths(readings)
+        told = self.tell(readings, micro_batch=micro_batch)
+        return [
+            score_of(one, reading, end_ids=self.eos_ids, side=side)
+            for one, reading in zip(told, readings, strict=True)
+        ]
+
+    def check_lengths(self, readings: Sequence[Reading]) -> None:
+        """Refuses what is longer than the context.
+
+        Raises:
+            ValueError: such a completion.
+        """
         for one in readings:
             size = len(one.prompt_ids) + len(one.ids) + 1
             if size > self.context:
@@ -117,11 +130,6 @@ class Teller(Speaker):
                     f"context, got {size} (the prompt, the answer in its tokens, and their end); "
                     "lower --max-new-tokens or shorten the prompts"
                 )
-        told = self.tell(readings, micro_batch=micro_batch)
-        return [
-            score_of(one, reading, end_ids=self.eos_ids, side=side)
-            for one, reading in zip(told, readings, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -146,15 +154,16 @@ class Limited(Teller):
         for states_ND, some in zip(states_MD.split(16), torch.tensor(ids).split(16), strict=True):
             logp_NV = head.logits(states_ND).log_softmax(-1).double().cpu()
             taken_N1 = logp_NV.gather(1, some[:, None])
-            k = min(self.top_k, logp_NV.shape[1])
-            top_NK, id_NK = logp_NV.topk(k)
-            again_NK = id_NK == some[:, None]
-            if k:  # the token itself stands first, and once
-                id_NK = torch.cat([some[:, None], id_NK], 1)
-                top_NK = torch.cat([taken_N1, top_NK.masked_fill(again_NK, -torch.inf)], 1)
-                order_NK = (top_NK == -torch.inf).to(torch.uint8).argsort(dim=1, stable=True)
-                id_NK, top_NK = id_NK.gather(1, order_NK), top_NK.gather(1, order_NK)
-            parts.append((taken_N1[:, 0], id_NK, top_NK))
+            top_NK, id_NK = logp_NV.topk(min(self.top_k, logp_NV.shape[1]))
+            top_NJ, id_NJ = top_NK[:, :0], id_NK[:, :0]
+            if self.top_k:  # and the token itself, if it is none of them
+                again_NK = id_NK == some[:, None]
+                last_N1 = taken_N1.masked_fill(again_NK.any(1, keepdim=True), -torch.inf)
+                top_NJ, id_NJ = (
+                    torch.cat([top_NK, last_N1], 1),
+                    torch.cat([id_NK, some[:, None]], 1),
+                )
+            parts.append((taken_N1[:, 0], id_NJ, top_NJ))
         return Told(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
 

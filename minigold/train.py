@@ -32,6 +32,7 @@ from minigold.masked import acceptance_of, choose_chunks, train_pass
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
+from minigold.score import check_kept
 from minigold.tiers import Teacher, check_tier, described
 from minigold.watch import collapses, failed_in_a_row, finite
 
@@ -96,6 +97,7 @@ def distill(
     check_tier(teacher, config)
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
+    check_kept(pair, prompts, config, eval_prompts=eval_prompts)
     check_eval_prompts(eval_prompts, pair, config)
     student.decoder.cuda_graphs = config.cuda_graphs
     student.decoder.train()

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, TypeVar
@@ -57,7 +58,7 @@ class Wire:
     timeout: float
     patience: float
     connections: int
-    key: str = ""
+    key: str = field(default="", repr=False)
     stopped: threading.Event = field(default_factory=threading.Event)
     troubled: threading.Event = field(default_factory=threading.Event)
     quiet: list[float] = field(default_factory=lambda: [0.0])
@@ -149,8 +150,8 @@ class Wire:
         data = None if body is None else json.dumps(body).encode()
         try:
             connection.request("GET" if body is None else "POST", self.prefix + path, data, headers)
-            response = connection.getresponse()
-            raw = _body(response, most, until)
+            with closing(connection.getresponse()) as response:
+                raw = _body(response, most, until)
         except TimeoutError as error:
             raise _PassingError(f"no whole answer within {self.timeout:g} s") from error
         except (OSError, HTTPException) as error:

@@ -6,7 +6,6 @@ them. Faults are functions of (path, body, answer) that return another answer, o
 """
 
 import json
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,10 +82,20 @@ class Server:
             return self.sglang(body)
         raise Fault(404, b'{"detail": "Not Found"}')
 
+    def edited(self, path: str, body: Any, key: str | None) -> Any:
+        if self.key and key != f"Bearer {self.key}":
+            raise Fault(401, b'{"error": "Unauthorized"}')
+        answer = self.answer(path, body)
+        for edit in self.edits:
+            answer = edit(path, body, answer)
+        return answer
+
     def vllm(self, body: Any) -> Any:
         ids, k = self._ids(body["prompt"]), body["prompt_logprobs"]
         if k > self.most:
-            told = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.most}"
+            told = (
+                f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.most}"
+            )
             raise Fault(400, json.dumps({"error": {"message": told, "code": 400}}).encode())
         if body["model"] not in (self.name, *(one["id"] for one in self.others)):
             raise Fault(404, b'{"error": {"message": "The model does not exist."}}')
@@ -104,7 +113,12 @@ class Server:
             })  # fmt: skip
         choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length",
                   "prompt_logprobs": places, "prompt_token_ids": None}  # fmt: skip
-        return {"id": "cmpl-1", "object": "text_completion", "model": self.name, "choices": [choice]}
+        return {
+            "id": "cmpl-1",
+            "object": "text_completion",
+            "model": self.name,
+            "choices": [choice],
+        }
 
     def sglang(self, body: Any) -> Any:
         ids = self._ids(body["text"] if "text" in body else body["input_ids"])
@@ -118,7 +132,10 @@ class Server:
             for logp_V, i in zip(logps, ids[start + 1 :], strict=True)
         ]
         tops: list[Any] = [None]
-        tops += [[[float(logp_V[j]), j, None] for j in logp_V.topk(k).indices.tolist()] for logp_V in logps]
+        tops += [
+            [[float(logp_V[j]), j, None] for j in logp_V.topk(k).indices.tolist()]
+            for logp_V in logps
+        ]
         meta = {"id": "1", "finish_reason": {"type": "length", "length": 0}, "prompt_tokens": len(ids),
                 "input_token_logprobs": given, "output_token_logprobs": []}  # fmt: skip
         return {"text": "", "meta_info": meta | ({"input_top_logprobs": tops} if k else {})}
@@ -138,7 +155,7 @@ class Server:
 
 
 class _HTTP(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = False  # closing waits for them
 
     def handle_error(self, *_: Any) -> None:
         """Clients hang up in these tests."""
@@ -165,11 +182,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
 
         def made(self, body: Any) -> tuple[int, bytes, int | None]:
             try:
-                if server.key and self.headers["Authorization"] != f"Bearer {server.key}":
-                    raise Fault(401, b'{"error": "Unauthorized"}')
-                answer = server.answer(self.path, body)
-                for edit in server.edits:
-                    answer = edit(self.path, body, answer)
+                answer = server.edited(self.path, body, self.headers["Authorization"])
             except Fault as fault:
                 return fault.status, fault.body, fault.cut
             raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -177,7 +190,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
 
         def send(self, status: int, raw: bytes, cut: int | None) -> None:
             if cut is None:
-                self.connection.close()
+                self.close_connection = True
                 return
             self.send_response(status)
             self.send_header("Content-Length", str(len(raw)))
@@ -199,8 +212,3 @@ def serving(model: LanguageModel, kind: str = "vllm", **settings: Any) -> Iterat
         yield server
     finally:
         server.stop()
-
-
-def finite(place: dict[str, Any]) -> float:
-    """The sum of a place's probabilities."""
-    return sum(math.exp(one["logprob"]) for one in place.values())

@@ -255,7 +255,7 @@ def test_markers_have_no_event_in_any_set() -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of prefix, strict, byte, got 'words'"):
+    with pytest.raises(ValueError, match="one of prefix, strict, byte, chunk, got 'words'"):
         match(words("a"), words("a", "b"), kind="words")
 
 

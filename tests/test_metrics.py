@@ -135,6 +135,7 @@ def test_every_number_is_that_of_the_hand() -> None:
             "shared_mass_teacher": 0.8,
             "other_mass_student": 5 * 0.05 / 9,  # five of nine tokens
             "other_mass_teacher": 4 * 0.025 / 7,  # ends of turn are no tokens of the teacher
+            "tail_mass_teacher": None,
             "overhang_fraction": 1 / 8,
             "noncanonical_share": 1 / 7,  # of sampled tokens
             "repetition": 0.0,

@@ -569,7 +569,7 @@ def test_prompts_that_do_not_fit_are_refused(
         ({"lmbda": math.nan}, "--lmbda from 0 to 1"),
         ({"student_temperature": 0.0}, "--student-temperature above 0"),
         ({"teacher_temperature": math.inf}, "--teacher-temperature finite"),
-        ({"events": "words"}, "--events one of prefix, strict, byte, got 'words'"),
+        ({"events": "words"}, "--events one of prefix, strict, byte, chunk, got 'words'"),
         ({"where": "often"}, "--where one of all, sampled, .*, got 'often'"),
         ({"where": "random", "replay": "random"}, "--replay one of all, sampled, reject, div"),
         ({"threshold": 0.4}, "--threshold with the mask reject only, got 0.4"),
