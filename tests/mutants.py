@@ -920,6 +920,90 @@ MUTANTS = (
         "range(RUN)])}), n_runs)",
         "tests/test_watch.py",
     ),
+    # longer tokens of the teacher leave the tail as it was
+    Mutant(
+        "minigold/loss.py",
+        "return law_CX, known_CX, tail_C * (1 - over_C)",
+        "return law_CX, known_CX, tail_C",
+        "tests/test_tiers.py",
+    ),
+    # the student's mass on events that the teacher did not list is forgotten
+    Mutant(
+        "minigold/loss.py",
+        "tail_C = law_CX.masked_fill(known_CX, 0).sum(-1)",
+        "tail_C = law_CX.masked_fill(known_CX, 0).sum(-1) * 0",
+        "tests/test_tiers.py",
+    ),
+    # what is left beside a chunk loses its digits where the student is sure
+    Mutant(
+        "minigold/loss.py",
+        "left_N = prob_NV.scatter(1, taken_N1, 0.0).sum(-1)",
+        "left_N = 1 - prob_NV.gather(1, taken_N1)[:, 0]",
+        "tests/test_tiers.py",
+    ),
+    # listed tokens are scaled up to fill the tail
+    Mutant(
+        "minigold/teacher.py",
+        "Listed(column_MK, prob_MK.float(), tail_M),",
+        "Listed(column_MK, (prob_MK / prob_MK.sum(1, True)).float(), 0 * tail_M),",
+        "tests/test_tiers.py",
+    ),
+    # a filled-up list names an event that the teacher did not
+    Mutant(
+        "minigold/teacher.py",
+        "column_MK = column_MK.where(is_listed_MK, column_MK[:, :1])",
+        "column_MK = column_MK.where(is_listed_MK, 0)",
+        "tests/test_tiers.py",
+    ),
+    # the token itself may be any of k + 1 listed ones
+    Mutant(
+        "minigold/http_teacher.py",
+        'return "" if place[i] <= least + SLACK else',
+        'return "" if place[i] <= 0 else',
+        "tests/test_http_teacher.py",
+    ),
+    # another model behind the same address is trusted
+    Mutant(
+        "minigold/http_teacher.py",
+        "if not drift <= DRIFT:",
+        "if drift > 1e9:",
+        "tests/test_http_teacher.py",
+    ),
+    # an answer that is cut is taken for whole
+    Mutant(
+        "minigold/wire.py",
+        "if size <= most and response.length:",
+        "if size > most and response.length:",
+        "tests/test_http_teacher.py",
+    ),
+    # a thread that fails lets the others go on
+    Mutant(
+        "minigold/wire.py",
+        "errors.append(error)\n                    self.stopped.set()",
+        "errors.append(error)",
+        "tests/test_http_teacher.py",
+    ),
+    # a completion's end of turn is taken from the next one
+    Mutant(
+        "minigold/score.py",
+        "rows = slice(t0 + n, t1 + n + 1)",
+        "rows = slice(t0 + n + 1, t1 + n + 2)",
+        "tests/test_score.py",
+    ),
+    # the contents of a file of scores are not looked at
+    Mutant(
+        "minigold/score.py",
+        "if _digest(metadata, arrays) != sha256:",
+        "if not sha256:",
+        "tests/test_score.py",
+    ),
+    # a student may sample what was not scored
+    Mutant(
+        "minigold/score.py",
+        "if config.lmbda > 0:",
+        "if config.lmbda > 1:",
+        "tests/test_score.py",
+    ),
 )
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minigold import loss
 from minigold.batch import Rollout, pack
 from minigold.config import Config
 from minigold.events import CHUNK, match
@@ -103,6 +104,29 @@ def test_the_loss_of_listed_tokens_is_not_negative_and_its_gradient_finite(
     losses_C = chunk_losses_of(pair, rollouts, beta)
     assert torch.isfinite(losses_C).all()
     assert (losses_C > -1e-6).all()
+
+
+@given(KS, st.sampled_from(["cross", "identical"]))
+def test_both_laws_sum_to_one_with_the_tail(k: int, kind: str) -> None:
+    """What is carried over a boundary takes its share of the tail, too."""
+    pair = told_pair(kind, k, "prefix")
+    laws: list[tuple[Tensor, Tensor]] = []
+    compare = loss._compare
+
+    def noted(student_CX: Tensor, teacher_CX: Tensor, *rest: Any) -> Tensor:
+        laws.append((student_CX, teacher_CX))
+        return compare(student_CX, teacher_CX, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "_compare", noted)
+        rollouts = rollouts_of(pair, CONFIG)
+        chunk_losses_of(pair, rollouts, 0.5)
+    assert kind == "identical" or k < 20 or any(r.score.carried for r in rollouts)
+    for law_CX in laws[0]:
+        assert (law_CX >= 0).all()
+        torch.testing.assert_close(law_CX.sum(1), torch.ones(len(law_CX)), atol=2e-5, rtol=0)
+    n_tail = laws[0][0].shape[1] - pair.events.n_events
+    assert n_tail == 3  # the observed chunk, the tail, other
 
 
 def chunk_losses_of(pair: Pair, rollouts: list[Rollout], beta: float) -> Tensor:
