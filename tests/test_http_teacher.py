@@ -260,19 +260,34 @@ def taught(server: Server, folder: Path, before: Any = None, **settings: Any) ->
 
 
 @pytest.mark.parametrize("name", VLLM_FAULTS)
+def test_an_answer_that_does_not_fit_is_refused(
+    model: LanguageModel, folder: Path, name: str
+) -> None:
+    edit, message = VLLM_FAULTS[name]
+    with serving(model) as server:
+        teacher = open_server(server.url, folder, top_k=5, **FAST)
+        server.edits.append(after_the_probe(edit))
+        with pytest.raises(ServerError, match=message):
+            teacher.tell(READINGS[3:], micro_batch=1)
+
+
+def after_the_probe(edit: Callable[..., Any]) -> Callable[..., Any]:
+    probed = [False]
+
+    def edited(path: str, body: Any, answer: Any) -> Any:
+        first, probed[0] = not probed[0], True
+        return answer if first else edit(path, body, answer)
+
+    return edited
+
+
+@pytest.mark.parametrize("name", ["without the given token", "one too few", "no JSON"])
 def test_no_step_is_trained_on_an_answer_that_does_not_fit(
     model: LanguageModel, folder: Path, name: str
 ) -> None:
     edit, message = VLLM_FAULTS[name]
-
-    probed = [False]
-
-    def not_the_probe(path: str, body: Any, answer: Any) -> Any:
-        first, probed[0] = not probed[0], True
-        return answer if first else edit(path, body, answer)
-
     with serving(model) as server, pytest.raises(ServerError, match=message):
-        taught(server, folder, lambda: server.edits.append(not_the_probe))
+        taught(server, folder, lambda: server.edits.append(after_the_probe(edit)))
     assert not taught.moved  # type: ignore[attr-defined]
 
 
@@ -306,13 +321,15 @@ SGLANG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SGLANG_FAULTS)
-def test_no_step_is_trained_on_an_answer_of_sglang_that_does_not_fit(
+def test_an_answer_of_sglang_that_does_not_fit_is_refused(
     model: LanguageModel, folder: Path, name: str
 ) -> None:
     change, message = SGLANG_FAULTS[name]
-    with serving(model, "sglang") as server, pytest.raises(ServerError, match=message):
-        taught(server, folder, lambda: server.edits.append(sglang_fault(change)))
-    assert not taught.moved  # type: ignore[attr-defined]
+    with serving(model, "sglang") as server:
+        teacher = open_server(server.url, folder, top_k=5, **FAST)
+        server.edits.append(sglang_fault(change))
+        with pytest.raises(ServerError, match=message):
+            teacher.tell(READINGS[3:], micro_batch=1)
 
 
 def test_sglang_writes_0_for_the_last_id_of_a_vocabulary(folder: Path, tmp_path: Path) -> None:
@@ -746,7 +763,7 @@ def test_a_run_over_http_goes_on_at_another_port(work: Path, model: LanguageMode
 def test_options_of_a_server_are_refused_without_one(work: Path) -> None:
     code, _, err = train(work, "http://127.0.0.1:9", "none")
     assert (code, err.count("\n")) == (2, 1)
-    assert "expected --teacher-tokenizer with the server http://127.0.0.1:9, got none" in err
+    assert "expected --teacher-tokenizer with http://127.0.0.1:9, got none" in err
     code, _, err = train(work, str(work / "teacher"), "none", "--teacher-top-k", "3")
     assert (code, "expected --teacher-top-k with a server as --teacher" in err) == (2, True)
     code, _, err = train(work, "http://127.0.0.1:9", "none", "--dry-run")

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,14 @@ def test_what_a_server_says_is_kept_too(model: LanguageModel, folder: Path, tmp_
 
 @given(st.lists(st.tuples(st.text(max_size=6), st.text(max_size=12)), min_size=1, max_size=5),
        st.integers(0, 9))  # fmt: skip
-def test_what_is_kept_comes_back(texts: list[tuple[str, str]], k: int) -> None:
-    import tempfile
-
-    model = tiny_model("llama", byte_bpe(), end="<|im_end|>", seed=2)
+def test_what_is_kept_comes_back(
+    model: LanguageModel, folder: Path, texts: list[tuple[str, str]], k: int
+) -> None:
     teacher = limited(model, k)
     rows = [prompt_of("p" + prompt, completion=text) for prompt, text in texts]
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "f.safetensors"
-        folder = tiny_folder(Path(name) / "t", "llama", byte_bpe(), end="<|im_end|>", seed=2)
-        score_file(teacher, rows, path, plain=True)
-        kept = open_scores(path, folder)
+        score_file(teacher, rows, Path(name) / "f.safetensors", plain=True)
+        kept = open_scores(Path(name) / "f.safetensors", folder)
     for (prompt, ids), told in kept.told.items():
         (known,) = teacher.tell([Reading(prompt, ids)], micro_batch=1)
         torch.testing.assert_close(told.logp_M, known.logp_M, atol=1e-4, rtol=0)
@@ -234,7 +232,7 @@ def test_another_template_is_another_prompt(model: LanguageModel, tmp_path: Path
     [
         (prompt_of("a"), "line 1: expected a `completion` to score, got none; add it"),
         (prompt_of("", completion="a"), "line 1: expected a prompt of at least one"),
-        (prompt_of("a " * 90, completion="b " * 90), "at most 200 tokens for the teacher .*, got"),
+        (prompt_of("zq" * 60, completion="qz" * 60), "at most 200 tokens for the teacher .*, got"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
