@@ -162,6 +162,8 @@ class Wire:
             raise _PassingError(f"status {response.status} ({_shown(raw)})")
         if response.status != 200:
             hint = "; set MINIGOLD_TEACHER_KEY" if response.status in (401, 403) else ""
+            if b"max allowed" in raw:
+                hint = "; lower --teacher-top-k, or start the server with --max-logprobs"
             raise ServerError(
                 f"expected status 200 of {self.url}{path}, got {response.status} ({_shown(raw)}){hint}"
             )

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from minigold import wire
 from minigold.events import CHUNK
 from minigold.http_teacher import is_address, open_server
 from minigold.load import LanguageModel, load
@@ -42,6 +43,12 @@ READINGS = [
     Reading([7, 8], [100]),
     Reading([3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5]),
 ]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried again sooner."""
+    monkeypatch.setattr(wire, "FIRST", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +372,7 @@ def test_a_server_that_dies_and_comes_back_changes_nothing(
         with caplog.at_level(logging.WARNING, "minigold"):
             broken_run = distill(student(), teacher, PROMPTS, config)
         assert left[0] <= -4
-    assert "it is tried again in 0.5 s" in caplog.text
+    assert "it is tried again in 0.1 s" in caplog.text
     for one, other in zip(whole_run, broken_run, strict=True):
         assert one["loss"] == other["loss"]
         assert one["grad_norm"] == other["grad_norm"]
@@ -398,7 +405,7 @@ def test_what_passes_is_tried_again(model: LanguageModel, folder: Path, fault: F
 def test_a_slow_answer_is_given_up_and_asked_for_again(model: LanguageModel, folder: Path) -> None:
     with serving(model) as server:
         teacher = open_server(server.url, folder, timeout=1.0, patience=20)
-        delays = [3.0]
+        delays = [1.6]
 
         def slow(path: str, body: Any, answer: Any) -> Any:
             if delays and path == "/v1/completions":
@@ -549,7 +556,7 @@ def edit_models(**changes: Any) -> Callable[..., Any]:
         (lambda *_: {"data": []}, {}, "expected a list of models at"),
         (lambda *_: [], {}, "expected a list of models at"),
         (lambda *_: b"<html>", {}, "expected JSON of"),
-        (None, {"top_k": 21}, r"got 400 \(.*greater than max allowed: 20"),
+        (None, {"top_k": 21}, r"got 400 \(.*greater than max allowed: 20.*; lower --teacher-top-k, or start"),
         (None, {"model": "other"}, "--teacher-model to be one of tiny, got other"),
         (None, {"top_k": -1}, "--teacher-top-k at least 0, got -1"),
         (None, {"connections": 0}, "--teacher-connections at least 1, got 0"),
@@ -648,11 +655,11 @@ def test_addresses() -> None:
 
 def test_waiting_can_be_stopped() -> None:
     """What stops a run ends its back-off, too."""
-    wire = Wire("http", "127.0.0.1", 9, "", timeout=1, patience=60, connections=2)
-    threading.Timer(0.3, wire.stopped.set).start()
+    one = Wire("http", "127.0.0.1", 9, "", timeout=1, patience=60, connections=2)
+    threading.Timer(0.3, one.stopped.set).start()
     begun = time.monotonic()
     with pytest.raises(ServerError, match="Conn"):
-        wire.ask("/x", most=10)
+        one.ask("/x", most=10)
     assert time.monotonic() - begun < 5
 
 
