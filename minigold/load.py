@@ -8,9 +8,9 @@ the weights and `chat.py` renders the template.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ import torch
 from tokenizers import Tokenizer
 
 from minigold.chat import render
+from minigold.data import own_file, read_object, short
 from minigold.model import Decoder
 from minigold.weights import load_decoder
 
-__all__ = ["LanguageModel", "load", "read_tokenizer", "resolve"]
+__all__ = ["LanguageModel", "load", "no_panic", "read_tokenizer", "resolve"]
 
 logger = logging.getLogger("minigold")
 
 PATTERNS = ("*.json", "*.safetensors", "chat_template.jinja")
+LARGEST = 2**27  # bytes of a tokenizer.json; real ones have up to 35 million
+MOST_IDS = 2**24  # of a tokenizer
 MARK = "minigold"  # an answer that no template changes; what follows it ends the turn
 
 
@@ -75,10 +78,10 @@ def load(
     """
     folder = resolve(name)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    settings = _json(folder / "tokenizer_config.json")
+    settings = _json(folder, "tokenizer_config.json")
     specials = dict(settings)
     if "added_tokens_decoder" not in settings:  # older folders: the map wins, as in `transformers`
-        specials |= _json(folder / "special_tokens_map.json")
+        specials |= _json(folder, "special_tokens_map.json")
     template = _template(folder, settings)
     bos_token, eos_token = (_text(specials.get(key)) for key in ("bos_token", "eos_token"))
     decoder = load_decoder(folder, device=device, dtype=dtype)
@@ -159,30 +162,40 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"transformers: AutoTokenizer.from_pretrained({str(folder)!r})"
             f".save_pretrained({str(folder)!r})"
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception
+    size = own_file(path.parent, path.name).stat().st_size
+    if size > LARGEST:
         raise ValueError(
-            f"expected a tokenizer in {path}, got {error}; download it again"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+            f"expected a tokenizer of at most {LARGEST:,} bytes in {path}, got {size:,}; "
+            "download it again"
+        )
+    with no_panic(path):
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.decode(tokenizer.encode("A b.\n").ids)  # what panics, panics here
+        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if highest >= MOST_IDS:
+            raise ValueError(f"an id of {highest:,}, more than {MOST_IDS:,}")
     return tokenizer
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
+@contextmanager
+def no_panic(where: Path | str) -> Iterator[None]:
+    """What goes wrong in `tokenizers`, as a ValueError: bare Exceptions, and panics of its Rust."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {path}, got {error}; download it again") from error
-    if type(value) is not dict:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(
-            f"expected a JSON object in {path}, got {type(value).__name__}; download it again"
-        )
-    return value
+            f"expected a tokenizer in {where}, got {str(error)[:200]}; download it again"
+        ) from error
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a file; empty if there is no such file."""
+    path = own_file(folder, name)
+    return read_object(path) if path.is_file() else {}
 
 
 def _text(token: Any) -> str:
@@ -191,7 +204,7 @@ def _text(token: Any) -> str:
 
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
+    path = own_file(folder, "chat_template.jinja")
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
@@ -205,7 +218,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return template
     raise ValueError(
         f"expected chat_template in {folder / 'tokenizer_config.json'} to be text or a list of named "
-        f"ones, got {str(template)[:60]}; correct it, or write chat_template.jinja"
+        f"ones, got {short(template)}; correct it, or write chat_template.jinja"
     )
 
 
@@ -221,7 +234,7 @@ def _n_tokens(name: str, tokenizer: Tokenizer, rows: int) -> int:
 
 def _stops(folder: Path, n_tokens: int) -> list[int]:
     """`eos_token_id` of generation_config.json, else of config.json: one id or several."""
-    generation, config = _json(folder / "generation_config.json"), _json(folder / "config.json")
+    generation, config = (_json(folder, f"{name}.json") for name in ("generation_config", "config"))
     value = generation.get("eos_token_id")
     if value is None:
         value = config.get("eos_token_id")
@@ -230,7 +243,7 @@ def _stops(folder: Path, n_tokens: int) -> list[int]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
         raise ValueError(
-            f"expected eos_token_id in {folder} to be a token id or a list of them, got {value!r}; "
+            f"expected eos_token_id in {folder} to be a token id or a list of them, got {short(value)}; "
             "correct it in generation_config.json"
         )
     for i in values:
