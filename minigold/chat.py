@@ -76,7 +76,7 @@ def render(
             **{k: v for k, v in (("bos_token", bos_token), ("eos_token", eos_token)) if v},
         )
     except Exception as error:  # a template is code: it can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error)[:300].split()) or type(error).__name__
         raise ValueError(
             f"expected messages that the chat template can render, got {reason!r} from it; change "
             "the messages, or use --plain-prompt"

@@ -38,7 +38,7 @@ from torch import Tensor
 import minigold
 from minigold import metrics as measured
 from minigold.config import Config, option_name
-from minigold.data import Prompt, parse_object
+from minigold.data import Prompt, own_file, parse_object, read_object
 from minigold.load import LanguageModel
 from minigold.pair import Pair
 from minigold.weights import load_decoder, save_decoder
@@ -52,6 +52,17 @@ log = logging.getLogger("minigold")
 LOGS = ("metrics.jsonl", "samples.jsonl")
 MANIFEST, OPTIMIZER, PART = "checkpoint.json", "optimizer.safetensors", ".part"
 FORMAT = 1
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+READ = {"config.json", "model.safetensors", OPTIMIZER}  # what a run goes on from
+BACK = "put the file back as the run wrote it"
+WATCHED = (
+    "loss",
+    "grad_norm",
+    "repetition",
+    "eos_rate",
+    "completion_tokens",
+    "shared_mass_student",
+)
 FREE = ("log_every", "save_every", "keep", "patience", "python")  # may differ on resume
 
 
@@ -130,7 +141,7 @@ def check_out(out: Path, *, resume: bool = False) -> None:
     """Refuses a folder that a run cannot begin in or, with `resume`, go on in.
 
     Raises:
-        ValueError: it holds something else, or can be no folder.
+        ValueError: it holds something else, links for instance, or can be no folder.
     """
     begun = (out / "config.json").is_file()
     if out.exists() and not out.is_dir():
@@ -145,6 +156,12 @@ def check_out(out: Path, *, resume: bool = False) -> None:
         raise ValueError(
             f"expected --out to be a run's folder, or a new or empty one, got {out}, which has no "
             "config.json; name another"
+        )
+    foreign = (p for p in out.rglob("*") if p.is_symlink() or not (p.is_file() or p.is_dir()))
+    if resume and (one := next(foreign, None)):
+        raise ValueError(
+            f"expected --out to hold files and folders alone, got {one}, a link or a device; put there "
+            "what it stands for"
         )
     if held and not resume:
         remedy = "add --resume to go on with the run in it" if begun else "name another"
@@ -176,7 +193,7 @@ def open_run(
     settings, path = settings_of(pair, prompts, config), out / "config.json"
     begun = path.is_file()
     if begun:
-        _check_same(_object(path.read_bytes(), path), settings, out)
+        _check_same(read_object(path, remedy=BACK), settings, out)
     out.mkdir(parents=True, exist_ok=True)
     for part in (*out.glob(f".*{PART}"), *out.glob(f"*/.*{PART}")):
         _remove(part)
@@ -221,12 +238,24 @@ def set_moments(
 ) -> None:
     """Puts back what `moments` gave."""
     by_name: dict[str, dict[str, Tensor]] = {}
+    shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     for known, value in stored.items():
         key, _, name = known.partition(".")
+        shape = torch.Size() if key == "step" else shapes.get(name)
+        if key not in MOMENTS or name not in shapes or value.shape != shape:
+            raise ValueError(
+                f"expected {', '.join(MOMENTS)} of each parameter in {OPTIMIZER}, got {known[:200]} "
+                f"of shape {list(value.shape)}; {BACK}"
+            )
         by_name.setdefault(name, {})[key] = value.clone()
     names = {parameter: name for name, parameter in decoder.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: by_name.get(names[p]) for i, p in enumerate(parameters)}
+    partly = [names[parameters[i]] for i, own in state.items() if own and len(own) < len(MOMENTS)]
+    if partly:
+        raise ValueError(
+            f"expected {', '.join(MOMENTS)} of {partly[0]} in {OPTIMIZER}, got some; {BACK}"
+        )
     whole = optimizer.state_dict() | {"state": {i: own for i, own in state.items() if own}}
     optimizer.load_state_dict(whole)  # it moves each value to where this optimizer wants it
 
@@ -244,17 +273,24 @@ def check_whole(folder: Path) -> dict[str, Any]:
         ValueError: a file is missing or not what was written, or a log is shorter than it was.
     """
     try:
-        manifest = _object((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-        if (manifest["format"], manifest["step"]) != (FORMAT, _number(folder)):
+        manifest = read_object(own_file(folder, MANIFEST), remedy=BACK)
+        known = manifest["format"], manifest["step"]
+        if bool in map(type, known) or known != (FORMAT, _number(folder)):
             raise ValueError(
                 f"expected format {FORMAT} of {folder.name} in {MANIFEST}, got another"
             )
-        for name, written in manifest["files"].items():
+        files, logs = manifest["files"].items(), manifest["logs"].items()
+        kept = {*manifest["logs"]}
+        if not READ.issubset(manifest["files"]) or not {*LOGS[:2]} <= kept <= {*LOGS}:
+            raise ValueError(f"expected {MANIFEST} to name each file, got others")
+        for name, written in files:
+            if Path(name).name != name or not own_file(folder, name).is_file():
+                raise ValueError(f"{name[:200]} is missing")
             if _described(folder / name) != written:
                 raise ValueError(f"{name} is not what was written")
-        for name, size in manifest["logs"].items():
+        for name, size in logs:
             log_file = folder.parent.parent / name
-            if log_file.stat().st_size < size:
+            if type(size) is not int or not 0 <= size <= log_file.stat().st_size:
                 raise ValueError(f"{name} ends before this step")
     except FileNotFoundError as error:
         raise ValueError(f"{Path(error.filename).name} is missing") from error
@@ -275,7 +311,10 @@ def _restore(run: Run, steps: int) -> None:
     run.history = _read_history(run.out, steps=done, n_bytes=sizes[LOGS[0]])
     if run.last:
         _load_student(run.pair.student, run.last)
-        stored = load_file(run.last / OPTIMIZER)
+        try:
+            stored = load_file(run.last / OPTIMIZER)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"expected tensors in {run.last / OPTIMIZER}, got {error}") from error
         set_moments(run.pair.student.decoder, run.optimizer, stored)
     for name, size in sizes.items():
         if (run.out / name).exists():
@@ -308,7 +347,7 @@ def _newest_whole(run: Run) -> dict[str, Any] | None:
 
 def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Refuses to go on with other settings, each one named."""
-    if "prompts_sha256" not in was:
+    if "prompts_sha256" not in was or type(was.get("versions")) is not dict:
         raise ValueError(
             f"expected --out to be a run's folder, got {out}, whose config.json is not that of a run "
             "which can go on; name another"
@@ -322,11 +361,11 @@ def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
         old, new = (one.get(name) for one in flat)
         if old != new and name not in ("versions", *FREE):
             told = option_name(name.removesuffix("_sha256")) if name in options else name
-            other.append(f"{told} ({old} then, {new} now)")
+            other.append(f"{told[:80]} ({str(old)[:200]} then, {str(new)[:200]} now)")
     if other:
         raise ValueError(
             f"expected the settings that the run in {out} began with, got another "
-            f"{', '.join(other)}; give the old ones, or start a new run in another --out (with a "
+            f"{', '.join(other[:20])}; give the old ones, or start a new run in another --out (with a "
             "checkpoint's folder as --student to keep its weights)"
         )
 
@@ -335,7 +374,9 @@ def _read_history(out: Path, *, steps: int, n_bytes: int | None = None) -> list[
     path = out / LOGS[0]
     lines = path.read_bytes()[:n_bytes].split(b"\n") if path.exists() else []
     rows = [_object(line, path) for line in lines if line]
-    if [row.get("step") for row in rows] != list(range(1, steps + 1)):
+    values = [row.get(key, "none") for row in rows for key in WATCHED]
+    strange = [x for x in values if type(x) not in (int, float, type(None)) or abs(x or 0) > 1e30]
+    if strange or [row.get("step") for row in rows] != list(range(1, steps + 1)):
         raise ValueError(
             f"expected the lines of steps 1 to {steps} in {path}, got {len(rows)} others; put the "
             "file back as the run wrote it"
@@ -346,6 +387,8 @@ def _read_history(out: Path, *, steps: int, n_bytes: int | None = None) -> list[
 def _load_student(student: LanguageModel, folder: Path) -> None:
     decoder = student.decoder
     stored = load_decoder(folder, device=decoder.device, dtype=decoder.dtype)
+    if stored.config != decoder.config:
+        raise ValueError(f"expected the student's shape in {folder}, got another; {BACK}")
     decoder.load_state_dict(stored.state_dict())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minigold.compare import Chunk
-from minigold.data import COLUMNS, RESERVED
+from minigold.data import COLUMNS, RESERVED, own_file, parse_object, read_object
 from minigold.offsets import FLAWS
 
 __all__ = ["PROMPTS", "Run", "Sample", "read_run"]
@@ -74,25 +74,22 @@ def read_run(run: Path) -> Run:
     Raises:
         ValueError: no such folder, a folder that is no run, a file in it that cannot be read.
     """
-    path = run / "config.json"
+    path = own_file(run, "config.json")
     if not path.is_file():
         what = "no config.json in it" if run.is_dir() else "no such folder"
         raise ValueError(
             f"expected the folder of a run, got {run}: {what}; give the --out of `minigold train`"
         )
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got {error}; restore the file") from error
+    config = read_object(path, remedy="restore the file")
     needed = {"student": str, "teacher": str, "steps": int}
-    if type(config) is not dict or any(type(config.get(k)) is not v for k, v in needed.items()):
+    if any(type(config.get(k)) is not v for k, v in needed.items()):
         raise ValueError(
             f"expected the config.json of a run, with student, teacher and steps, got {path} without "
             "them; give the --out of `minigold train`, not a model"
         )
-    rows = {row["step"]: row for _, row in _objects(run / "metrics.jsonl")}
-    evals = {row["step"]: row for _, row in _objects(run / "eval.jsonl")}
-    cases, n_samples = _cases(run / "samples.jsonl")
+    rows = {row["step"]: row for _, row in _objects(own_file(run, "metrics.jsonl"))}
+    evals = {row["step"]: row for _, row in _objects(own_file(run, "eval.jsonl"))}
+    cases, n_samples = _cases(own_file(run, "samples.jsonl"))
     steps = sorted(rows)
     evals = {step: evals[step] for step in sorted(evals)}
     return Run(config, steps, [rows[step] for step in steps], evals, cases, n_samples)
@@ -109,13 +106,11 @@ def _objects(path: Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
-                row = json.loads(raw)
-            except (ValueError, RecursionError) as error:
+                row = parse_object(raw, like='{"step": 1}')
+            except ValueError as error:
                 if not raw.endswith(b"\n"):
                     return
-                raise ValueError(
-                    f"expected JSON in line {number} of {path}, got {error}; restore the file"
-                ) from error
+                raise ValueError(f"line {number} of {path}: {error}; restore the file") from error
             if type(row) is not dict or type(row.get("step")) is not int:
                 raise ValueError(
                     f"expected an object with a step in line {number} of {path}, got "

@@ -168,14 +168,15 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"expected a tokenizer of at most {LARGEST:,} bytes in {path}, got {size:,}; "
             "download it again"
         )
+    text = _read_text(path)
     with no_panic(path):
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+        tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode("A b.\n").ids)  # what panics, panics here
         highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-        if highest >= MOST_IDS:
-            raise ValueError(f"an id of {highest:,}, more than {MOST_IDS:,}")
+    if highest >= MOST_IDS:
+        raise ValueError(f"expected ids below {MOST_IDS:,} in {path}, got {highest:,}")
     return tokenizer
 
 
@@ -185,11 +186,19 @@ def no_panic(where: Path | str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        panics = type(error).__name__ == "PanicException"
+        if isinstance(error, ValueError) or not (panics or isinstance(error, Exception)):
             raise
         raise ValueError(
             f"expected a tokenizer in {where}, got {str(error)[:200]}; download it again"
         ) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 in {path}, got {error}; save it as UTF-8") from error
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
@@ -206,10 +215,7 @@ def _text(token: Any) -> str:
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     path = own_file(folder, "chat_template.jinja")
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"expected UTF-8 in {path}, got {error}; save it as UTF-8") from error
+        return _read_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         named = {entry.get("name"): entry.get("template") for entry in template}

@@ -21,7 +21,8 @@ from typing import Any
 __all__ = ["compiled"]
 
 LONGEST = 2**18  # characters of a template; real ones have up to 20,000
-LARGEST = 2**22  # characters and elements of any value in it
+LARGEST = 2**22  # size of any value: characters, and 16 for each element
+MADE = 2**28  # size of all values that are made while it is filled
 SECONDS = 5.0
 WIDEST = 100  # spaces, decimals, elements a row
 BITS = 4096  # of a whole number that is a product
@@ -56,96 +57,7 @@ def compiled(template: str) -> Callable[..., str]:
 
     if len(template) > LONGEST:
         raise ValueError(f"a template of {len(template):,} characters, more than {LONGEST:,}")
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc, unused-ignore]
-        intercepted_binops = frozenset(("+", "*", "**", "%"))
-        end = math.inf
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operands(operator, left, right)
-            return self.weighed(super().call_binop(context, operator, left, right))
-
-        def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-            __self.weighed((args, kwargs))
-            text = getattr(__function, "__self__", None)
-            if isinstance(text, str):
-                _check_texts(__function.__name__, text, *args)
-            return __self.weighed(super().call(__context, __function, *args, **kwargs))
-
-        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            return attr not in REFUSED_METHODS and bool(super().is_safe_attribute(obj, attr, value))
-
-        def wrap_str_format(self, value: Any) -> Any:
-            found = super().wrap_str_format(value)
-            if found is not None and WIDE.search(value.__self__):
-                raise ValueError("a format with a width of thousands")
-            return found
-
-        def concat(self, pieces: Iterable[str]) -> str:
-            return "".join(self.gathered(pieces))
-
-        def gathered(self, values: Iterable[Any]) -> list[Any]:
-            """A list of them, unless they are too many."""
-            kept, size = [], 0
-            for value in self.turns(values):
-                kept.append(value)
-                size += _size(value, LARGEST - size)
-                _check_size(size)
-            return kept
-
-        def turns(self, values: Iterable[Any]) -> Iterator[Any]:
-            for value in values:
-                self.look_at_the_clock()
-                yield value
-
-        def weighed(self, value: Any) -> Any:
-            self.look_at_the_clock()
-            _check_size(_size(value, LARGEST))
-            return value
-
-        def look_at_the_clock(self) -> None:
-            if time.monotonic() > self.end:
-                raise TimeoutError(f"nothing after {SECONDS:.0f} seconds")
-
-        def bounded(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-            """A filter that checks what goes in and what comes out."""
-
-            @functools.wraps(run)  # with the mark that says what jinja2 puts before the value
-            def checked(*args: Any, **kwargs: Any) -> Any:
-                first = int(hasattr(run, "jinja_pass_arg"))
-                _check_filter(name, args[first], (*args[first + 1 :], *kwargs.values()))
-                found = run(*args, **kwargs)
-                return self.gathered(found) if isinstance(found, Iterator) else self.weighed(found)
-
-            return checked
-
-    class Namespace(jinja2.utils.Namespace):  # type: ignore[misc, unused-ignore]
-        def __repr__(self) -> str:  # one could hold another twice, and that one another
-            return "<Namespace>"
-
-    class Checks(jinja2.visitor.NodeTransformer):  # type: ignore[misc, unused-ignore]
-        """Puts filters around what jinja2 does without asking its environment."""
-
-        def visit_For(self, node: Any) -> Any:
-            node = self.generic_visit(node)
-            node.iter = _filter(node.iter, "turns")
-            return node
-
-        def visit_Concat(self, node: Any) -> Any:
-            node = self.generic_visit(node)
-            return _filter(jinja2.nodes.List(node.nodes, lineno=node.lineno), "concatenated")
-
-        def visit_List(self, node: Any) -> Any:
-            node = self.generic_visit(node)
-            is_target = getattr(node, "ctx", "load") == "store"
-            return node if is_target else _filter(node, "weighed")
-
-        visit_Tuple = visit_Dict = visit_List
-
-    def _filter(node: Any, name: str) -> Any:
-        return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-    sandbox = Sandbox(
+    sandbox = type("Sandbox", (_Bounds, jinja2.sandbox.ImmutableSandboxedEnvironment), {})(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_generation_tag(jinja2), jinja2.ext.loopcontrols],
@@ -163,48 +75,157 @@ def compiled(template: str) -> Callable[..., str]:
     del sandbox.globals["lipsum"]
     sandbox.globals |= {
         "dict": _new_dict,
-        "namespace": Namespace,
+        # one could hold another twice, and that one another twice
+        "namespace": type(
+            "Namespace", (jinja2.utils.Namespace,), {"__repr__": lambda _: "<Namespace>"}
+        ),
         "raise_exception": _raiser(jinja2),
         "strftime_now": _strftime_now,
     }
-    tree = Checks().visit(sandbox.parse(template))
+    checks = type("Checks", (_Checks, jinja2.visitor.NodeTransformer), {"nodes": jinja2.nodes})()
+    tree = checks.visit(sandbox.parse(template))
     tree.set_environment(sandbox)
     ready = sandbox.from_string(tree)
 
     def fill(**names: Any) -> str:
-        sandbox.end = time.monotonic() + SECONDS
+        sandbox.end, sandbox.made = time.monotonic() + SECONDS, 0
         return str(ready.render(**names))
 
     return fill
+
+
+class _Bounds:
+    """What stands before a sandbox of jinja2."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    end = math.inf  # of the time
+    made = 0
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        _check_operands(operator, left, right)
+        above: Any = super()
+        return self.weighed(above.call_binop(context, operator, left, right))
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _check_size(_size((args, kwargs), LARGEST))
+        text = getattr(function, "__self__", None)
+        if isinstance(text, str):
+            _check_texts(function.__name__, text, *args)
+        above: Any = super()
+        return self.weighed(above.call(context, function, *args, **kwargs))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        above: Any = super()
+        return attr not in REFUSED_METHODS and bool(above.is_safe_attribute(obj, attr, value))
+
+    def wrap_str_format(self, value: Any) -> Any:
+        above: Any = super()
+        found = above.wrap_str_format(value)
+        if found is not None:
+            _check_format(value.__self__)
+        return found
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        return "".join(self.gathered(pieces))
+
+    def gathered(self, values: Iterable[Any]) -> list[Any]:
+        """A list of them, unless they are too many."""
+        kept, size = [], 0
+        for value in self.turns(values):
+            kept.append(value)
+            size += _size(value, LARGEST - size)
+            _check_size(size)
+        return kept
+
+    def turns(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self.look_at_the_clock()
+            yield value
+
+    def weighed(self, value: Any) -> Any:
+        self.look_at_the_clock()
+        size = _size(value, LARGEST)
+        self.made += size
+        _check_size(size)
+        _check_size(self.made, MADE)
+        return value
+
+    def look_at_the_clock(self) -> None:
+        if time.monotonic() > self.end:
+            raise TimeoutError(f"nothing after {SECONDS:.0f} seconds")
+
+    def bounded(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that checks what goes in and what comes out."""
+
+        @functools.wraps(run)  # with the mark that says what jinja2 puts before the value
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            first = int(hasattr(run, "jinja_pass_arg"))
+            _check_filter(name, args[first], (*args[first + 1 :], *kwargs.values()))
+            found = run(*args, **kwargs)
+            return self.gathered(found) if isinstance(found, Iterator) else self.weighed(found)
+
+        return checked
+
+
+class _Checks:
+    """Puts filters around what jinja2 does without asking its environment."""
+
+    nodes: Any
+    generic_visit: Callable[[Any], Any]
+
+    def visit_For(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        node.iter = self._through("turns", node.iter)
+        return node
+
+    def visit_Concat(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        return self._through("concatenated", self.nodes.List(node.nodes, lineno=node.lineno))
+
+    def visit_List(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        is_target = getattr(node, "ctx", "load") == "store"
+        return node if is_target else self._through("weighed", node)
+
+    visit_Tuple = visit_Dict = visit_List
+
+    def _through(self, name: str, node: Any) -> Any:
+        return self.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 # -- what is refused -----------------------------------------------------------------------------
 
 
 def _size(value: Any, limit: int) -> int:
-    """Characters and elements of a value and of all inside it; counting stops above the limit."""
+    """That of a value with all inside it; counting stops above the limit."""
     size, left = 0, [value]
     while left and size <= limit:
         one = left.pop()
-        if isinstance(one, str | bytes | list | tuple | set | frozenset | Mapping):
+        if isinstance(one, str | bytes):
             size += len(one)
-            if size <= limit and not isinstance(one, str | bytes):
+        elif isinstance(one, list | tuple | set | frozenset | Mapping):
+            size += 16 * len(one)
+            if size <= limit:
                 left.extend(one)
-            if size <= limit and isinstance(one, Mapping):
-                left.extend(one.values())
-        else:
-            size += one.bit_length() // 8 if isinstance(one, int) else 1
+                left.extend(one.values() if isinstance(one, Mapping) else ())
+        elif isinstance(one, int):
+            size += one.bit_length() // 8
     return size
 
 
-def _check_size(size: int) -> None:
-    if size > LARGEST:
-        raise ValueError(f"a value of more than {LARGEST:,} characters and elements")
+def _check_size(size: int, limit: int = LARGEST) -> None:
+    if size > limit:
+        raise ValueError(f"values of more than {limit:,} characters")
+
+
+def _check_format(text: str) -> None:
+    if WIDE.search(text):
+        raise ValueError("a format with a width of thousands")
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
-    if operator == "%" and isinstance(left, str) and WIDE.search(left):
-        raise ValueError("a format with a width of thousands")
+    if operator == "%" and isinstance(left, str):
+        _check_format(left)
     if operator == "*":
         for one, times in ((left, right), (right, left)):
             if isinstance(one, str | list | tuple) and isinstance(times, int):
@@ -230,7 +251,7 @@ def _check_texts(name: str, text: str, *args: Any) -> None:
 def _check_filter(name: str, value: Any, args: tuple[Any, ...]) -> None:
     if name in SIZED:
         whole = [abs(arg) for arg in args if isinstance(arg, int)]
-        if max(whole, default=0) > WIDEST or _size(args, WIDEST) > WIDEST:
+        if max(whole, default=0) > WIDEST or _size(args, 2 * WIDEST) > 2 * WIDEST:
             raise ValueError(f"the filter {name} with sizes above {WIDEST}")
     if name == "join" and hasattr(value, "__len__"):
         _check_texts(name, str(args[0]) if args else "", value)
@@ -238,7 +259,7 @@ def _check_filter(name: str, value: Any, args: tuple[Any, ...]) -> None:
         if any(isinstance(arg, list | tuple) for arg in args):
             raise ValueError("the filter sum of lists")
     elif name == "format":
-        _check_operands("%", str(value), args)
+        _check_format(str(value))
     else:
         _check_texts(name, str(value) if name in ("replace", "trim") else "", *args)
 

@@ -323,7 +323,7 @@ def test_texts_of_other_types_become_plain() -> None:
         ("{{ dict.update(messages[0], role='x') }}", "has no attribute 'update'"),
         ("{{ range(100001) | list }}", "Range too big"),
         ("{% include 'secrets' %}", "no loader"),
-        ("{{ 'x' * 10**15 }}", "a value of more than 4,194,304 characters and elements"),
+        ("{{ 'x' * 10**15 }}", "values of more than 4,194,304 characters"),
         ("{{ cycler() }}", "at least one item"),
         ("{{ [1] | slice(0) | list }}", "division or modulo by zero|division by zero"),
         ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks"),

@@ -264,12 +264,12 @@ def test_whatever_stands_in_the_files_is_text(tmp_path: Path) -> None:
     row = {
         "completion": EVIL, "student_ids": [1, 2], "student_spans": [[0, len(data)]],
         "chunks": [[0, 1, 0, 1, 0, len(data), 0], [1, 2, 1, 2, len(data), len(data), UNKNOWN]],
-        "acceptance": [0.5, 0.0], "trained": [True, True], "teacher_best": [[EVIL, 0.5], ["\ud800", 0.1]],
+        "acceptance": [0.5, 0.0], "trained": [True, True], "teacher_best": [[EVIL, 0.5], ["\ufffd", 0.1]],
         EVIL: {EVIL: EVIL},
     }  # fmt: skip
     run = run_of(
         tmp_path / "run",
-        config={"student": EVIL, "teacher": "b\ud83d", EVIL: EVIL, "versions": {EVIL: EVIL}},
+        config={"student": EVIL, "teacher": "b\ufffd", EVIL: EVIL, "versions": {EVIL: EVIL}},
         metrics=[metrics_row(1, **{EVIL: 3})],
         samples=[sample_row(1, prompt=EVIL, **row), sample_row(1, 2, prompt=message, **row)],
         evals=[{"step": 1, EVIL: 0.5}],
@@ -303,7 +303,10 @@ def test_the_folder_must_be_of_a_run(tmp_path: Path, pair: Pair) -> None:
         write_report(pair.student.folder)
     assert not (tmp_path / "report.html").exists()
     assert not (pair.student.folder / "report.html").exists()
-    for text, message in (("{", "expected JSON in"), ("[1]", "with student, teacher and steps")):
+    for text, message in (
+        ("{", "config.json: expected one JSON object"),
+        ("[1]", "got a list of 1"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             write_report(tmp_path)
@@ -322,10 +325,10 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path, name: str) -> 
     path.write_text(text[:-1], "utf-8")  # whole, but for the line end
     assert write_report(tmp_path).read_text("utf-8") == whole
     for line, message in (
-        ("{\n", "expected JSON in line 2"),
-        ("[3]\n", r"expected an object with a step in line 2 of .*, got \[3\]"),
+        ("{\n", r"line 2 of .*: expected one JSON object, got Expecting"),
+        ("[3]\n", r"line 2 of .*: expected an object such as .*, got a list of 1"),
         ('{"step": "1"}\n', "expected an object with a step in line 2"),
-        ("[" * 100_000 + "\n", "expected JSON in line 2"),
+        ("[" * 100_000 + "\n", "line 2 of .*got deep nesting"),
     ):
         path.write_text(text + line + text, "utf-8")
         with pytest.raises(ValueError, match=message):
