@@ -111,7 +111,7 @@ def _objects(path: Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
                 if not raw.endswith(b"\n"):
                     return
                 raise ValueError(f"line {number} of {path}: {error}; restore the file") from error
-            if type(row) is not dict or type(row.get("step")) is not int:
+            if type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
                 raise ValueError(
                     f"expected an object with a step in line {number} of {path}, got "
                     f"{raw[:40].decode('utf-8', 'replace')}; restore the file"

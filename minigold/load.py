@@ -8,7 +8,10 @@ the weights and `chat.py` renders the template.
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,6 +172,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
             "download it again"
         )
     text = _read_text(path)
+    _check_maps(text, path)
     with no_panic(path):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
@@ -180,14 +184,42 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def _check_maps(text: str, path: Path) -> None:
+    """Refuses maps of characters that lie about their size: `tokenizers` would take so much memory.
+
+    The first four bytes of such a map are the size of its table.
+    """
+    if "charsmap" not in text and not re.search(r"\\u00[4-7]", text):  # nor a name in escapes
+        return
+    maps: list[Any] = []
+    try:
+        json.loads(
+            text,
+            object_pairs_hook=lambda pairs: maps.extend(
+                v for k, v in pairs if k.endswith("charsmap")
+            ),
+        )
+        sizes = [base64.b64decode(one) for one in maps if isinstance(one, str)]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"expected a tokenizer in {path}, got {str(error)[:200]}; download it again"
+        ) from error
+    if any(int.from_bytes(one[:4], "little") > len(one) for one in sizes):
+        raise ValueError(
+            f"expected a precompiled_charsmap as long as it says in {path}, got a shorter one; "
+            "download it again"
+        )
+
+
 @contextmanager
 def no_panic(where: Path | str) -> Iterator[None]:
     """What goes wrong in `tokenizers`, as a ValueError: bare Exceptions, and panics of its Rust."""
     try:
         yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     except BaseException as error:
-        panics = type(error).__name__ == "PanicException"
-        if isinstance(error, ValueError) or not (panics or isinstance(error, Exception)):
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(
             f"expected a tokenizer in {where}, got {str(error)[:200]}; download it again"

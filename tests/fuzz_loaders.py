@@ -12,8 +12,10 @@ crash or an endless loop of native code is a failure as well. The last line is J
 """
 
 import argparse
+import base64
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -30,20 +32,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
-import minigold as mg
 from minigold import checkpoint, pair, sandbox, weights
 from minigold.chat import prompt_ids, render
 from minigold.checkpoint import open_run
 from minigold.cli_models import find_model
 from minigold.config import Config
 from minigold.data import read_prompts
-from minigold.load import load, no_panic, read_tokenizer
+from minigold.load import LanguageModel, load, no_panic, read_tokenizer
 from minigold.pair import check_student, lost_text, make_pair, matched
 from minigold.report import write_report
 from minigold.train import adamw, distill
@@ -278,17 +278,17 @@ def header_changed(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice([1, 1, 2, 4])):
         name = rng.choice(list(header))
         entry, kind = header[name], rng.randrange(9)
-        if "shape" not in entry or kind == 0:
+        if not isinstance(entry, dict) or "shape" not in entry or kind == 0:
             header[rng.choice([name + "x", "__metadata__", "", "a" * 10**5])] = header.pop(name)
         elif kind == 1:
             entry["dtype"] = rng.choice(DTYPES)
         elif kind in (2, 3):
             shape = entry["shape"]
-            if shape:
+            if shape and isinstance(shape, list):
                 shape[rng.randrange(len(shape))] = rng.choice(SIZES)
             if rng.random() < 0.4:
-                entry["shape"] = rng.choice([[], [0], [0, 2**62, 2**62], [2**32, 2**32], shape[::-1], [*shape, 1]])
-        elif kind in (4, 5):
+                entry["shape"] = rng.choice([[], [0], [0, 2**62, 2**62], [2**32, 2**32], [1], {}])
+        elif kind in (4, 5) and "data_offsets" in entry:
             entry["data_offsets"][rng.randrange(2)] = rng.choice([*SIZES, len(body), len(body) + 1])
         elif kind == 6:
             twin = rng.choice(list(header))
@@ -327,6 +327,78 @@ def replaced(path: Path, rng: random.Random, outside: Path) -> None:
         path.mkdir()
     elif kind == 8 and siblings:
         path.symlink_to(rng.choice(siblings).name)
+
+
+# -- tokenizers ----------------------------------------------------------------------------------
+
+PATTERNS = (
+    {"String": ""}, {"String": " "}, {"String": "a"}, {"Regex": ""}, {"Regex": "(a+)+$"}, {"Regex": "(.*)*b"}, {"Regex": "["},
+    {"Regex": "\\p{L}+"}, {"Regex": "(?<=a)"}, {"Regex": "(?:a|a)*c"}, {"Regex": "\\b"}, {"Regex": "(" * 5000}, {"Regex": "a{99999}"},
+    {"Regex": "."}, {"Regex": "^"}, {"Regex": "(a)\\1"}, {"Regex": "\\x{110000}"}, {"Regex": "(?i)ß"}, {}, None,
+)  # fmt: skip
+TEXTS = ("", " ", "a", "▁", "▁▁", "<unk>", "</s>", "##", "é", "e\u0301", "🙂", "\x00", "x" * 1000, "<0x41>", "Ġ")
+NUMBERS = (0, 1, 2, 7, 255, 10**4, 2**24 - 1, 2**24, 2**31, 2**32 - 1, 2**32, 2**63, 2**64, -1, 1.5, None)
+
+
+def _part(kind: str, rng: random.Random) -> Any:
+    """A normalizer, pre-tokenizer, post-processor or decoder, by the schema of tokenizer.json."""
+    text, pattern, number = rng.choice(TEXTS), rng.choice(PATTERNS), rng.choice(NUMBERS)
+    flag, behavior = rng.random() < 0.5, rng.choice(["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"])
+    metaspace = {"type": "Metaspace", "replacement": rng.choice(["▁", "", "ab", " "]), "prepend_scheme": rng.choice(["always", "never", "first"]), "split": flag}
+    level = {"type": "ByteLevel", "add_prefix_space": flag, "trim_offsets": not flag, "use_regex": flag}
+    charsmap = base64.b64encode(rng.randbytes(rng.choice([0, 3, 4, 64, 4096]))).decode()
+    piece = rng.choice([{"Sequence": {"id": rng.choice("ABC"), "type_id": number}}, {"SpecialToken": {"id": text, "type_id": 0}}])
+    special = {text: {"id": rng.choice([text, "x"]), "ids": [number], "tokens": [rng.choice(TEXTS)]}}
+    parts: dict[str, list[Any]] = {
+        "normalizer": [
+            {"type": "Replace", "pattern": pattern, "content": text}, {"type": "Prepend", "prepend": text}, {"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Nmt"},
+            {"type": "Precompiled", "precompiled_charsmap": charsmap}, {"type": "Strip", "strip_left": flag, "strip_right": True}, {"type": "StripAccents"}, level,
+            {"type": "BertNormalizer", "clean_text": flag, "handle_chinese_chars": True, "strip_accents": None, "lowercase": flag}],
+        "pre_tokenizer": [
+            {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": flag}, metaspace, level, {"type": "Digits", "individual_digits": flag},
+            {"type": "Punctuation", "behavior": behavior}, {"type": "WhitespaceSplit"}, {"type": "CharDelimiterSplit", "delimiter": rng.choice(["a", "", "ab"])},
+            {"type": "UnicodeScripts"}, {"type": "FixedLength", "length": number}, {"type": "BertPreTokenizer"}],
+        "post_processor": [
+            {"type": "TemplateProcessing", "single": [piece], "pair": [piece, piece], "special_tokens": special}, level,
+            {"type": "BertProcessing", "sep": [text, number], "cls": [text, 0]}, {"type": "RobertaProcessing", "sep": [text, 1], "cls": [text, number], "trim_offsets": flag, "add_prefix_space": flag}],
+        "decoder": [
+            level, metaspace, {"type": "Replace", "pattern": pattern, "content": text}, {"type": "WordPiece", "prefix": text, "cleanup": flag}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": rng.choice(["a", "", " "]), "start": number, "stop": rng.choice(NUMBERS)}, {"type": "CTC", "pad_token": text, "word_delimiter_token": "|", "cleanup": flag},
+            {"type": "BPEDecoder", "suffix": text}],
+    }  # fmt: skip
+    one = rng.choice([*parts[kind], None])
+    name = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors", "decoder": "decoders"}[kind]
+    return one if rng.random() < 0.7 else {"type": "Sequence", name: [one, rng.choice(parts[kind])]}
+
+
+def with_other_parts(whole: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A tokenizer that may even be one: other parts, ids, added tokens, limits."""
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        kind = rng.randrange(8)
+        model = whole["model"]
+        if kind < 4:
+            part = rng.choice(["normalizer", "pre_tokenizer", "post_processor", "decoder"])
+            whole[part] = _part(part, rng)
+        elif kind == 4:
+            flags = {key: rng.random() < 0.5 for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            token = {"id": rng.choice([*NUMBERS, 3, 500, 501]), "content": rng.choice(TEXTS), **flags}
+            whole["added_tokens"].insert(rng.randrange(len(whole["added_tokens"]) + 1), token)
+        elif kind == 5:
+            vocab = model["vocab"]
+            if isinstance(vocab, dict):
+                vocab[rng.choice([*vocab, *TEXTS])] = rng.choice(NUMBERS)
+            elif isinstance(vocab, list):
+                vocab[rng.randrange(len(vocab))] = [rng.choice(TEXTS), rng.choice([*NUMBERS, -1e308, 1e308])]
+        elif kind == 6:
+            key = rng.choice([*model, "unk_token", "unk_id", "byte_fallback", "dropout", "ignore_merges", "type", "continuing_subword_prefix", "end_of_word_suffix"])
+            if key not in ("vocab", "merges"):
+                model[key] = rng.choice([*TEXTS, *NUMBERS, True, "BPE", "Unigram", "WordPiece", "WordLevel", 0.5])
+        else:
+            number = rng.choice(NUMBERS)
+            whole[rng.choice(["truncation", "padding"])] = rng.choice([
+                {"direction": "Right", "max_length": number, "strategy": "LongestFirst", "stride": rng.choice(NUMBERS)},
+                {"strategy": {"Fixed": number}, "direction": "Left", "pad_to_multiple_of": number, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}])  # fmt: skip
+    return whole
 
 
 # -- chat templates ------------------------------------------------------------------------------
@@ -455,9 +527,10 @@ class Arena:
         os.environ["MINIGOLD_CACHE"] = str(self.base / "cache")
         pair.KEEP_FROM = 0
         matched(*self.sides)
+        pair.KEEP_FROM = 10**9
         self.untouched = self._look()
 
-    def fresh(self) -> tuple[mg.load, mg.load]:
+    def fresh(self) -> tuple[LanguageModel, LanguageModel]:
         return load(self.base / "llama"), self.pair_of["gemma3"]
 
     @staticmethod
@@ -496,8 +569,17 @@ class Arena:
 
 
 def _spoil(path: Path, rng: random.Random, arena: Arena) -> None:
-    """Changes a file in the way that suits it."""
+    """Changes a file in the way that suits it, or as bytes where it was spoiled before."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        return
     data = path.read_bytes() if path.is_file() else b""
+    try:
+        _spoil_whole(path, data, rng, arena)
+    except (ValueError, RecursionError, struct.error, IndexError):
+        path.write_bytes(spoiled(data, rng))
+
+
+def _spoil_whole(path: Path, data: bytes, rng: random.Random, arena: Arena) -> None:
     chance = rng.random()
     if chance < 0.08:
         replaced(path, rng, arena.outside)
@@ -569,10 +651,13 @@ def of_tokenizer(arena: Arena, rng: random.Random) -> Callable[[], Any]:
         whole = json.loads(path.read_text("utf-8"))
         model = whole.pop("model")
         lists = {key: model.pop(key) for key in ("vocab", "merges") if key in model}
-        whole = changed({**whole, "model": model}, rng)
-        if isinstance(whole, dict) and isinstance(whole.get("model"), dict):
-            whole["model"] |= lists
-        path.write_bytes(as_text(whole, rng))
+        if rng.random() < 0.3:
+            whole = changed({**whole, "model": model}, rng)
+            if isinstance(whole, dict) and isinstance(whole.get("model"), dict):
+                whole["model"] |= lists
+        else:
+            whole = with_other_parts({**whole, "model": {**model, **lists}}, rng)
+        path.write_bytes(as_text(whole, rng) if rng.random() < 0.3 else json.dumps(whole).encode())
     else:
         _spoil(path, rng, arena)
 
@@ -649,8 +734,9 @@ def of_checkpoint(arena: Arena, rng: random.Random) -> Callable[[], Any]:
             _spoil(place, rng, arena)
     _sign(step, rng)
 
+    student, teacher = arena.fresh()
+
     def run_it() -> None:
-        student, teacher = arena.fresh()
         both = make_pair(student, teacher)
         student.decoder.requires_grad_(True)
         optimizer = adamw(student.decoder, SETTINGS)
@@ -686,8 +772,9 @@ def of_cache(arena: Arena, rng: random.Random) -> Callable[[], Any]:
     if path.is_symlink():
         path.unlink()
 
+    os.environ["MINIGOLD_CACHE"], pair.KEEP_FROM = str(folder), 0
+
     def run() -> None:
-        os.environ["MINIGOLD_CACHE"] = str(folder)
         assert matched(*arena.sides) == arena.matched
 
     return run
@@ -748,6 +835,7 @@ def guarded() -> Iterator[None]:
     native = [(weights, "safe_open"), (pair, "safe_open"), (checkpoint, "load_file")]
     kept = [(module, name, getattr(module, name)) for module, name in native]
     kept += [(sandbox, "SECONDS", sandbox.SECONDS), (pair, "KEEP_FROM", pair.KEEP_FROM)]
+    logging.disable(logging.CRITICAL)
     memory, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, _slow)
     cache = os.environ.get("MINIGOLD_CACHE")
     for module, name in native:
@@ -761,6 +849,7 @@ def guarded() -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, memory)
         signal.signal(signal.SIGALRM, handler)
+        logging.disable(logging.NOTSET)
         for module, name, value in kept:
             setattr(module, name, value)
         os.environ.pop("MINIGOLD_CACHE", None)
@@ -790,7 +879,6 @@ def _in_children(name: str, count: int, seed: int, arena: Arena) -> tuple[dict[s
             code = 1
             try:
                 with progress.open("a", buffering=1) as file, guarded():
-                    pair.KEEP_FROM = 0
                     fuzz(name, range(done, count), seed, arena,
                          lambda verdict, number, why: print(json.dumps([verdict, number, why]), file=file))  # fmt: skip
                 code = 0
@@ -834,7 +922,6 @@ def main(argv: list[str] | None = None) -> int:
         arena = Arena(Path(temporary) / "arena")
         if args.only is not None:
             with guarded():
-                pair.KEEP_FROM = 0
                 print(*judged(args.loader, args.only, args.seed, arena), sep="\n")
             return 0
         whole: dict[str, Any] = {"inputs": 0, "failed": 0, "loaders": {}}
