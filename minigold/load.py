@@ -32,7 +32,8 @@ logger = logging.getLogger("minigold")
 
 PATTERNS = ("*.json", "*.safetensors", "chat_template.jinja")
 LARGEST = 2**27  # bytes of a tokenizer.json; real ones have up to 35 million
-MOST_IDS = 2**24  # of a tokenizer
+MOST_IDS = 2**21  # of a tokenizer; real ones have up to a million
+RISKY = re.compile(r'charsmap|subword_prefix"\s*:\s*"[^"]|\\u00[4-7]')  # the last hides a name
 MARK = "minigold"  # an answer that no template changes; what follows it ends the turn
 
 
@@ -172,7 +173,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
             "download it again"
         )
     text = _read_text(path)
-    _check_maps(text, path)
+    _check_parts(text, path)
     with no_panic(path):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
@@ -184,31 +185,32 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _check_maps(text: str, path: Path) -> None:
-    """Refuses maps of characters that lie about their size: `tokenizers` would take so much memory.
-
-    The first four bytes of such a map are the size of its table.
-    """
-    if "charsmap" not in text and not re.search(r"\\u00[4-7]", text):  # nor a name in escapes
+def _check_parts(text: str, path: Path) -> None:
+    """Refuses what makes `tokenizers` end the process: a size or a prefix that it takes on trust."""
+    if not RISKY.search(text):
         return
-    maps: list[Any] = []
+    wrong: list[str] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        for key, value in pairs:
+            if key == "precompiled_charsmap" and isinstance(value, str):
+                data = base64.b64decode(value)  # begins with the size of a table in it
+                if int.from_bytes(data[:4], "little") > len(data):
+                    wrong.append(f"{key} that is shorter than it says")
+            if key == "continuing_subword_prefix" and isinstance(value, str):
+                merges = next((x for k, x in pairs if k == "merges" and isinstance(x, list)), [])
+                seconds = [
+                    m.partition(" ")[2] if isinstance(m, str) else str(m[-1]) for m in merges
+                ]
+                if not all(second.startswith(value) for second in seconds):
+                    wrong.append(f"{key} {short(value)} that merges do not have")
+
     try:
-        json.loads(
-            text,
-            object_pairs_hook=lambda pairs: maps.extend(
-                v for k, v in pairs if k.endswith("charsmap")
-            ),
-        )
-        sizes = [base64.b64decode(one) for one in maps if isinstance(one, str)]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"expected a tokenizer in {path}, got {str(error)[:200]}; download it again"
-        ) from error
-    if any(int.from_bytes(one[:4], "little") > len(one) for one in sizes):
-        raise ValueError(
-            f"expected a precompiled_charsmap as long as it says in {path}, got a shorter one; "
-            "download it again"
-        )
+        json.loads(text, object_pairs_hook=look)
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
+        wrong.append(str(error)[:200])
+    if wrong:
+        raise ValueError(f"expected a tokenizer in {path}, got {wrong[0]}; download it again")
 
 
 @contextmanager
