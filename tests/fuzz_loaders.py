@@ -12,7 +12,6 @@ crash or an endless loop of native code is a failure as well. The last line is J
 """
 
 import argparse
-import base64
 import hashlib
 import json
 import logging
@@ -23,7 +22,6 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -37,6 +35,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from hostile_inputs import (
+    as_text,
+    changed,
+    header_changed,
+    spoiled,
+    template_of,
+    with_other_parts,
+)
 from minigold import checkpoint, pair, sandbox, weights
 from minigold.chat import prompt_ids, render
 from minigold.checkpoint import open_run
@@ -129,7 +135,9 @@ class Watch:
 
 def _writes(mode: Any, flags: Any) -> bool:
     """Of `open`: whether it can change a file. Both kinds of `open` give the flags."""
-    return bool(isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+    return bool(
+        isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    )
 
 
 WATCH = Watch()
@@ -146,165 +154,7 @@ def _watched(read: Callable[..., Any]) -> Callable[..., Any]:
     return watched
 
 
-# -- changes -------------------------------------------------------------------------------------
-
-STRANGE: list[Any] = [
-    None, True, False, 0, 1, 2, 3, -1, 7, 255, 2**15, 2**24, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63,
-    2**64, 10**30, 10**300, -(10**300), 0.5, -0.0, 1.5, 1e308, -1e308, 1e-300, 5e-324, 1 + 2e-16, math.nan,
-    math.inf, -math.inf, "", " ", "a", "0", "true", "null", "\x00", "é", "\ud800", "\udc00x", "🙂", "x" * 10**5,
-    "../outside/secret.json", "/etc/passwd", "/dev/zero", "..", ".", "~", "C:\\x", "file:///etc/passwd",
-    [], {}, [[]], [None], {"": None}, [0] * 1000, [1, "a"], {"a": {"b": [1]}}, "step-3", "<|im_end|>",
-    ["full_attention"], ["full_attention", "sliding_attention"], {"rope_type": "yarn"}, {"content": "</s>"},
-]  # fmt: skip
-LITERALS = (
-    "1e999", "-1e999", "1" * 400, "-" + "9" * 5000, "1.0e+308", "0.1e-9999", "01", "+1", ".5", "0x10", "NaN",
-    "-Infinity", "nul", "'a'", '"\\ud83d"', '"\\u0000"', '"\t"', "[1,]", "{1: 2}", "undefined", "",
-)  # fmt: skip
-
-
-def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    if path:
-        yield path
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _places(inner, (*path, key))
-
-
-def _near(value: Any, rng: random.Random) -> Any:
-    """What stands near a value."""
-    if type(value) in (int, float):
-        return rng.choice([value + 1, value - 1, value * 2, -value, float(value), str(value), [value]])
-    if isinstance(value, str):
-        cut = rng.randrange(len(value) + 1)
-        return rng.choice([value[:cut], value + value, value.upper(), [value], value[:cut] + "\u2028🙂"])
-    if isinstance(value, list):
-        return rng.choice([value[::-1], value[1:], value * 2, value[:1] * 50, [value], dict.fromkeys("ab", value)])
-    return rng.choice(STRANGE)
-
-
-def changed(value: Any, rng: random.Random) -> Any:
-    """A copy with one to four places changed, taken away, moved or added."""
-    value = json.loads(json.dumps(value))
-    for _ in range(rng.choice([1, 1, 1, 2, 3, 4])):
-        places = list(_places(value))
-        if not places:
-            return rng.choice(STRANGE)
-        path = rng.choice(places)
-        holder = value
-        for key in path[:-1]:
-            holder = holder[key]
-        key, kind = path[-1], rng.randrange(10)
-        if kind < 4:
-            holder[key] = rng.choice(STRANGE)
-        elif kind < 6:
-            holder[key] = _near(holder[key], rng)
-        elif kind == 6:
-            del holder[key]
-        elif kind == 7 and isinstance(holder, dict):
-            holder[rng.choice([key + "x", "", "__class__", "prompt", "step", "x" * 300])] = holder.pop(key)
-        elif kind == 8:
-            other = value
-            for part in rng.choice(places):
-                try:
-                    other = other[part]
-                except (KeyError, IndexError, TypeError):
-                    break
-            holder[key] = json.loads(json.dumps(other))
-        else:
-            inner = holder[key]
-            for _ in range(rng.choice([1, 3, 97, 98, 99, 100, 101, 300])):
-                inner = [inner] if rng.random() < 0.5 else {"a": inner}
-            holder[key] = inner
-    return value
-
-
-def as_text(value: Any, rng: random.Random) -> bytes:
-    """JSON, or nearly: keys twice, other literals, deep nesting, a byte order mark, other encodings."""
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.7, indent=rng.choice([None, None, 2]))
-    kind = rng.randrange(24)
-    if kind == 0:
-        at = [m.end() for m in re.finditer(r"\{", text)]
-        keys = re.findall(r'"(\w+)":', text)
-        if at and keys:
-            i = rng.choice(at)
-            text = f'{text[:i]}"{rng.choice(keys)}": 1, {text[i:]}'
-    elif kind in (1, 2):
-        at = list(re.finditer(r": (\d[\d.]*|null|true|\"\w*\")", text))
-        if at:
-            m = rng.choice(at)
-            n = rng.choice([90, 101, 1000, 100_000])
-            new = rng.choice([*LITERALS, "[" * n + "]" * n, '{"a":' * n + "1" + "}" * n, "[" * n])
-            text = text[: m.start(1)] + new + text[m.end(1) :]
-    elif kind == 3:
-        return rng.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\x00", b""]) + text.encode("utf-8", "surrogatepass")
-    elif kind == 4:
-        return text.encode(rng.choice(["utf-16", "utf-32", "utf-7"]), "surrogatepass" if rng.random() < 0 else "replace")
-    return text.encode("utf-8", "surrogatepass")
-
-
-def spoiled(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
-    """Bytes torn, flipped, cut out, repeated, or joined with others."""
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-        kind = rng.randrange(8)
-        if kind == 0:
-            data = data[:i]
-        elif kind in (1, 2) and data:
-            flipped = bytearray(data)
-            for _ in range(rng.choice([1, 1, 4, 32])):
-                flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            data = bytes(flipped)
-        elif kind == 3:
-            data = data[:i] + data[min(j, i + 64) :]
-        elif kind == 4:
-            data = data[:j] + data[i:j] + data[j:]
-        elif kind == 5:
-            data = data[:i] + rng.randbytes(rng.choice([1, 8, 64])) + data[i:]
-        elif kind == 6:
-            data = data[:i] + other[len(other) // 2 :]
-        else:
-            data = data[:i] + bytes(min(j - i, 4096)) + data[j:]
-    return data
-
-
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F4", "f32", "", "X", None, 3)
-SIZES = (0, 1, 2, 3, 5, -1, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30, 1.5, None, "1", True, [1])
-
-
-def header_changed(data: bytes, rng: random.Random) -> bytes:
-    """A safetensors file whose header says something else."""
-    size = struct.unpack("<Q", data[:8])[0]
-    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
-    for _ in range(rng.choice([1, 1, 2, 4])):
-        name = rng.choice(list(header))
-        entry, kind = header[name], rng.randrange(9)
-        if not isinstance(entry, dict) or "shape" not in entry or kind == 0:
-            header[rng.choice([name + "x", "__metadata__", "", "a" * 10**5])] = header.pop(name)
-        elif kind == 1:
-            entry["dtype"] = rng.choice(DTYPES)
-        elif kind in (2, 3):
-            shape = entry["shape"]
-            if shape and isinstance(shape, list):
-                shape[rng.randrange(len(shape))] = rng.choice(SIZES)
-            if rng.random() < 0.4:
-                entry["shape"] = rng.choice([[], [0], [0, 2**62, 2**62], [2**32, 2**32], [1], {}])
-        elif kind in (4, 5) and "data_offsets" in entry:
-            entry["data_offsets"][rng.randrange(2)] = rng.choice([*SIZES, len(body), len(body) + 1])
-        elif kind == 6:
-            twin = rng.choice(list(header))
-            header[name], header[twin] = header[twin], entry
-        elif kind == 7:
-            header[name] = rng.choice(STRANGE)
-        else:
-            del header[name]
-            if not header:
-                break
-    text = json.dumps(header).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.1:
-        text = as_text(header, rng)
-    sizes = [len(text)] * 12 + [0, 1, 7, len(text) - 1, len(text) + 1, 2**24, 2**24 + 1, 2**31, 2**63, 2**64 - 1]
-    body = body if rng.random() < 0.9 else body[: rng.randrange(len(body) + 1)]
-    return struct.pack("<Q", rng.choice(sizes)) + text + body
+# -- whole files, and the folder that is spoiled ---------------------------------------------------
 
 
 def replaced(path: Path, rng: random.Random, outside: Path) -> None:
@@ -316,7 +166,9 @@ def replaced(path: Path, rng: random.Random, outside: Path) -> None:
     suffix = path.suffix if path.suffix in (".json", ".safetensors", ".jsonl") else ".json"
     kind, siblings = rng.randrange(10), [p for p in path.parent.iterdir() if p != path]
     if kind < 4:
-        path.symlink_to(rng.choice([outside / f"secret{suffix}", "/etc/passwd", "/dev/zero", outside]))
+        path.symlink_to(
+            rng.choice([outside / f"secret{suffix}", "/etc/passwd", "/dev/zero", outside])
+        )
     elif kind == 4:
         path.symlink_to(Path("..") / ".." / "outside" / f"secret{suffix}")
     elif kind == 5:
@@ -329,205 +181,63 @@ def replaced(path: Path, rng: random.Random, outside: Path) -> None:
         path.symlink_to(rng.choice(siblings).name)
 
 
-# -- tokenizers ----------------------------------------------------------------------------------
-
-PATTERNS = (
-    {"String": ""}, {"String": " "}, {"String": "a"}, {"Regex": ""}, {"Regex": "(a+)+$"}, {"Regex": "(.*)*b"}, {"Regex": "["},
-    {"Regex": "\\p{L}+"}, {"Regex": "(?<=a)"}, {"Regex": "(?:a|a)*c"}, {"Regex": "\\b"}, {"Regex": "(" * 5000}, {"Regex": "a{99999}"},
-    {"Regex": "."}, {"Regex": "^"}, {"Regex": "(a)\\1"}, {"Regex": "\\x{110000}"}, {"Regex": "(?i)ß"}, {}, None,
-)  # fmt: skip
-TEXTS = ("", " ", "a", "▁", "▁▁", "<unk>", "</s>", "##", "é", "e\u0301", "🙂", "\x00", "x" * 1000, "<0x41>", "Ġ")
-NUMBERS = (0, 1, 2, 7, 255, 10**4, 2**24 - 1, 2**24, 2**31, 2**32 - 1, 2**32, 2**63, 2**64, -1, 1.5, None)
-
-
-def _part(kind: str, rng: random.Random) -> Any:
-    """A normalizer, pre-tokenizer, post-processor or decoder, by the schema of tokenizer.json."""
-    text, pattern, number = rng.choice(TEXTS), rng.choice(PATTERNS), rng.choice(NUMBERS)
-    flag, behavior = rng.random() < 0.5, rng.choice(["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"])
-    metaspace = {"type": "Metaspace", "replacement": rng.choice(["▁", "", "ab", " "]), "prepend_scheme": rng.choice(["always", "never", "first"]), "split": flag}
-    level = {"type": "ByteLevel", "add_prefix_space": flag, "trim_offsets": not flag, "use_regex": flag}
-    charsmap = base64.b64encode(rng.randbytes(rng.choice([0, 3, 4, 64, 4096]))).decode()
-    piece = rng.choice([{"Sequence": {"id": rng.choice("ABC"), "type_id": number}}, {"SpecialToken": {"id": text, "type_id": 0}}])
-    special = {text: {"id": rng.choice([text, "x"]), "ids": [number], "tokens": [rng.choice(TEXTS)]}}
-    parts: dict[str, list[Any]] = {
-        "normalizer": [
-            {"type": "Replace", "pattern": pattern, "content": text}, {"type": "Prepend", "prepend": text}, {"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Nmt"},
-            {"type": "Precompiled", "precompiled_charsmap": charsmap}, {"type": "Strip", "strip_left": flag, "strip_right": True}, {"type": "StripAccents"}, level,
-            {"type": "BertNormalizer", "clean_text": flag, "handle_chinese_chars": True, "strip_accents": None, "lowercase": flag}],
-        "pre_tokenizer": [
-            {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": flag}, metaspace, level, {"type": "Digits", "individual_digits": flag},
-            {"type": "Punctuation", "behavior": behavior}, {"type": "WhitespaceSplit"}, {"type": "CharDelimiterSplit", "delimiter": rng.choice(["a", "", "ab"])},
-            {"type": "UnicodeScripts"}, {"type": "FixedLength", "length": number}, {"type": "BertPreTokenizer"}],
-        "post_processor": [
-            {"type": "TemplateProcessing", "single": [piece], "pair": [piece, piece], "special_tokens": special}, level,
-            {"type": "BertProcessing", "sep": [text, number], "cls": [text, 0]}, {"type": "RobertaProcessing", "sep": [text, 1], "cls": [text, number], "trim_offsets": flag, "add_prefix_space": flag}],
-        "decoder": [
-            level, metaspace, {"type": "Replace", "pattern": pattern, "content": text}, {"type": "WordPiece", "prefix": text, "cleanup": flag}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": rng.choice(["a", "", " "]), "start": number, "stop": rng.choice(NUMBERS)}, {"type": "CTC", "pad_token": text, "word_delimiter_token": "|", "cleanup": flag},
-            {"type": "BPEDecoder", "suffix": text}],
-    }  # fmt: skip
-    one = rng.choice([*parts[kind], None])
-    name = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors", "decoder": "decoders"}[kind]
-    return one if rng.random() < 0.7 else {"type": "Sequence", name: [one, rng.choice(parts[kind])]}
-
-
-def with_other_parts(whole: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """A tokenizer that may even be one: other parts, ids, added tokens, limits."""
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        kind = rng.randrange(8)
-        model = whole["model"]
-        if kind < 4:
-            part = rng.choice(["normalizer", "pre_tokenizer", "post_processor", "decoder"])
-            whole[part] = _part(part, rng)
-        elif kind == 4:
-            flags = {key: rng.random() < 0.5 for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-            token = {"id": rng.choice([*NUMBERS, 3, 500, 501]), "content": rng.choice(TEXTS), **flags}
-            whole["added_tokens"].insert(rng.randrange(len(whole["added_tokens"]) + 1), token)
-        elif kind == 5:
-            vocab = model["vocab"]
-            if isinstance(vocab, dict):
-                vocab[rng.choice([*vocab, *TEXTS])] = rng.choice(NUMBERS)
-            elif isinstance(vocab, list):
-                vocab[rng.randrange(len(vocab))] = [rng.choice(TEXTS), rng.choice([*NUMBERS, -1e308, 1e308])]
-        elif kind == 6:
-            key = rng.choice([*model, "unk_token", "unk_id", "byte_fallback", "dropout", "ignore_merges", "type", "continuing_subword_prefix", "end_of_word_suffix"])
-            if key not in ("vocab", "merges"):
-                model[key] = rng.choice([*TEXTS, *NUMBERS, True, "BPE", "Unigram", "WordPiece", "WordLevel", 0.5])
-        else:
-            number = rng.choice(NUMBERS)
-            whole[rng.choice(["truncation", "padding"])] = rng.choice([
-                {"direction": "Right", "max_length": number, "strategy": "LongestFirst", "stride": rng.choice(NUMBERS)},
-                {"strategy": {"Fixed": number}, "direction": "Left", "pad_to_multiple_of": number, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}])  # fmt: skip
-    return whole
-
-
-# -- chat templates ------------------------------------------------------------------------------
-
-ATOMS = (
-    "''", "'a'", "'<|im_end|>'", "1", "0", "-1", "2.5", "10**9", "10**6", "99999", "[]", "[1]", "{}", "()", "none", "true",
-    "messages", "messages[0]", "messages[0].content", "bos_token", "eos_token", "tools", "self", "loop", "x", "ns", "ns.x", "m",
-    "range(10**9)", "range(99999)", "range(-5)", "namespace()", "dict(a=1)", "cycler(1)", "joiner()", "lipsum", "raise_exception",
-    "strftime_now", "strftime_now('%Y')", "('a' * 10**6)", "('a' * 10**9)", "(range(99999) | list)", "raise_exception('x')",
-    "config", "request", "__import__", "open", "varargs", "caller", "super()", "undefined_name", "'{0.__class__}'",
-    "'%s'", "'%999999999d'", "'{:>99999999}'", "'{a.__init__.__globals__}'", "messages.__class__",
-)  # fmt: skip
-DUNDERS = (
-    "__class__", "__mro__", "__base__", "__bases__", "__subclasses__()", "__globals__", "__init__", "__builtins__", "__dict__",
-    "__code__", "__func__", "__self__", "__reduce__()", "__getattribute__", "__format__", "gi_frame", "f_globals", "cr_frame",
-    "func_globals", "mro()", "_Namespace__attrs", "environment", "__call__", "tb_frame", "__module__", "__loader__",
-)  # fmt: skip
-METHODS = (
-    "upper()", "split('a')", "rsplit(x)", "strip(x)", "join(x)", "join(messages)", "replace('', x)", "replace('a', x)", "format(x)",
-    "format(1, w=10**9)", "format_map(x)", "ljust(10**9)", "center(99999)", "zfill(10**9)", "encode()", "expandtabs(10**9)",
-    "translate({97: 'b'})", "to_bytes(10**9, 'big')", "items()", "keys()", "get('a')", "append(1)", "pop()", "clear()", "update(a=1)",
-    "index(1)", "count('a')", "startswith(x)", "next", "reset()", "cycle(1, 2)", "unescape()", "__html__()", "copy()", "fromkeys(x)",
-)  # fmt: skip
-FILTERS = (
-    "list", "length", "tojson", "tojson(indent=10**9)", "tojson(separators=(x, x))", "join(x)", "replace('a', x)", "replace('', x)", "indent(10**6)",
-    "indent(x)", "center(10**9)", "batch(10**9, 'x')", "slice(10**9)", "sum", "sum(start=[])", "map('upper')", "map(attribute='__class__')",
-    "map('attr', '__class__')", "attr('__class__')", "attr('upper')", "format(1)", "round(10**9, 'ceil')", "round(2)", "default(x)", "sort", "unique",
-    "groupby('role')", "first", "last", "int", "int(base=99)", "float", "string", "safe", "e", "urlize", "wordwrap(1, wrapstring=x)", "xmlattr", "dictsort",
-    "pprint", "striptags", "reverse", "selectattr('role')", "select('eq', x)", "reject('in', x)", "random", "trim(x)", "truncate(10**9)", "items",
-    "filesizeformat", "wordcount", "urlencode", "min", "max", "title", "turns", "weighed", "concatenated", "nothing", "abs", "d",
-)  # fmt: skip
-OPERATORS = ("+", "-", "*", "**", "/", "//", "%", "~", "in", "not in", "==", "<", "and", "or", "is", "if x else")
-HARD = (
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(30) }}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    "{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-    "{% for i in range(99) %}{% set ns.x = (ns.x, ns.x) + (ns.x,) %}{% endfor %}{{ ns.x | tojson }}",
-    "{% for i in range(99) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x }}",
-    "{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}",
-    "{% set y %}{% for i in range(99999) %}{{ 'a' * 4000000 }}{% endfor %}{% endset %}{{ y }}",
-    "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
-    "{% for a in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
-    "{% include '/etc/passwd' %}", "{% extends x %}", "{% import 'os' as os %}{{ os.system('id') }}",
-    "{% from 'os' import system %}", "{% do messages.append(1) %}", "{% set messages = [] %}{{ messages }}",
-    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ " + "not " * 9000 + "1 }}", "{{ 1" + "+1" * 9000 + " }}",
-    "{% if 1 %}" * 200 + "{% endif %}" * 200, "{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "{{ 'a'" + "~'a'" * 2000 + " }}",
-)  # fmt: skip
-
-
-def _expression(rng: random.Random, depth: int = 0) -> str:
-    kind = rng.randrange(8)
-    if depth > 3 or kind < 2:
-        return rng.choice(ATOMS)
-    inner = _expression(rng, depth + 1)
-    if kind == 2:
-        return f"({inner}).{rng.choice(DUNDERS)}"
-    if kind == 3:
-        name = rng.choice(DUNDERS).removesuffix("()")
-        return rng.choice([f"({inner})['{name}']", f"({inner} | attr('{name}'))", f"({inner})['{name[:4]}' ~ '{name[4:]}']"])
-    if kind == 4:
-        return f"({inner}).{rng.choice(METHODS)}"
-    if kind in (5, 6):
-        return f"({inner} | {rng.choice(FILTERS)})"
-    return f"({inner} {rng.choice(OPERATORS)} {_expression(rng, depth + 1)})"
-
-
-def template_of(rng: random.Random) -> str:
-    """A program of attempts."""
-    parts = ["{% set ns = namespace(x=['a'], n=3) %}{% set x = " + rng.choice(["'a'", "'a' * 10**6", "messages", "7"]) + " %}"]
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        one, kind = _expression(rng), rng.randrange(9)
-        if kind < 4:
-            parts.append("{{ " + one + " }}")
-        elif kind == 4:
-            parts.append("{% for m in " + one + " %}{{ " + _expression(rng) + " }}{% endfor %}")
-        elif kind == 5:
-            parts.append("{% set ns.x = " + one + " %}{{ ns.x }}")
-        elif kind == 6:
-            parts.append("{% macro m(x) %}{{ " + one + " }}{% endmacro %}{{ m(" + _expression(rng) + ") }}")
-        elif kind == 7:
-            parts.append("{% filter " + rng.choice(FILTERS) + " %}{{ " + one + " }}{% endfilter %}")
-        else:
-            parts.append(rng.choice(HARD))
-    text = "".join(parts)
-    return text if rng.random() < 0.9 else spoiled(text.encode(), rng).decode("utf-8", "replace")
-
-
-# -- the arena: whole files, and the folder that is spoiled ----------------------------------------
-
-
 class Arena:
     """Small models and a run, and a folder beside them that nothing may touch."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.base, self.work, self.outside = root, root / "base", root / "work", root / "outside"
+        self.root, self.base, self.work, self.outside = (
+            root,
+            root / "base",
+            root / "work",
+            root / "outside",
+        )
         self.outside.mkdir(parents=True)
         self.work.mkdir()
-        tokenizers = {"llama": byte_bpe(), "gemma3": sentencepiece_bpe(), "qwen3": wordpiece(), "smollm3": unigram()}
+        tokenizers = {
+            "llama": byte_bpe(),
+            "gemma3": sentencepiece_bpe(),
+            "qwen3": wordpiece(),
+            "smollm3": unigram(),
+        }
         for family, tokenizer in tokenizers.items():
             end = {"gemma3": "</s>", "qwen3": "[SEP]", "llama": "<|im_end|>"}.get(family, "</s>")
             template = CHATML if family == "llama" else TURNS
             folder = tiny_folder(self.base / family, family, tokenizer, end=end, template=template)
-            (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": end}}))
+            (folder / "special_tokens_map.json").write_text(
+                json.dumps({"eos_token": {"content": end}})
+            )
         self.models = [self.base / family for family in tokenizers]
         self._shard(self.base / "llama", self.base / "sharded")
         for name in ("secret.json", "secret.jsonl", "chat_template.jinja"):
             (self.outside / name).write_text('{"prompt": "a", "step": 1}\n', "utf-8")
-        shutil.copyfile(self.base / "llama" / "model.safetensors", self.outside / "secret.safetensors")
+        shutil.copyfile(
+            self.base / "llama" / "model.safetensors", self.outside / "secret.safetensors"
+        )
         rows = [{"prompt": text, "completion": " fox", "answer": "b", "id": i, "messages": None}
                 for i, text in enumerate(["hello", "the fox 🙂"])]  # fmt: skip
-        rows[1] = {"messages": [*TALK[:1], {"role": "assistant", "content": "x"}], "teacher_prompt": TALK[:1]}
+        rows[1] = {
+            "messages": [*TALK[:1], {"role": "assistant", "content": "x"}],
+            "teacher_prompt": TALK[:1],
+        }
         self.rows = rows
-        (self.base / "prompts.jsonl").write_text('{"prompt": "hello"}\n{"prompt": "the fox"}\n', "utf-8")
+        (self.base / "prompts.jsonl").write_text(
+            '{"prompt": "hello"}\n{"prompt": "the fox"}\n', "utf-8"
+        )
         self.prompts = read_prompts(self.base / "prompts.jsonl")
         self.pair_of = {name: load(self.base / name) for name in ("llama", "gemma3")}
         distill(*self.fresh(), self.prompts, SETTINGS, out=self.base / "run")
-        (self.base / "run" / "eval.jsonl").write_text('{"step": 2, "accuracy": 0.5, "accuracy_low": 0.4}\n')
+        (self.base / "run" / "eval.jsonl").write_text(
+            '{"step": 2, "accuracy": 0.5, "accuracy_low": 0.4}\n'
+        )
         shutil.copytree(self.base / "run", self.base / "stopped")
         shutil.rmtree(self.base / "stopped" / "final")
         shutil.rmtree(self.base / "stopped" / "checkpoints" / "step-4")
         (self.base / "stopped" / "eval.jsonl").unlink()
         self.sides = [(m.tokenizer, [m.end_id], m.n_tokens) for m in self.pair_of.values()]
         self.matched = matched(*self.sides)
-        os.environ["MINIGOLD_CACHE"] = str(self.base / "cache")
-        pair.KEEP_FROM = 0
-        matched(*self.sides)
-        pair.KEEP_FROM = 10**9
+        with guarded():
+            os.environ["MINIGOLD_CACHE"], pair.KEEP_FROM = str(self.base / "cache"), 0
+            matched(*self.sides)
         self.untouched = self._look()
 
     def fresh(self) -> tuple[LanguageModel, LanguageModel]:
@@ -538,7 +248,9 @@ class Arena:
         shutil.copytree(source, folder)
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+        places = {
+            name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)
+        }
         for file in set(places.values()):
             save_file({n: x for n, x in tensors.items() if places[n] == file}, folder / file)
         index = {"metadata": {"total_size": 1}, "weight_map": places}
@@ -575,7 +287,7 @@ def _spoil(path: Path, rng: random.Random, arena: Arena) -> None:
     data = path.read_bytes() if path.is_file() else b""
     try:
         _spoil_whole(path, data, rng, arena)
-    except (ValueError, RecursionError, struct.error, IndexError):
+    except (ValueError, RecursionError, LookupError):
         path.write_bytes(spoiled(data, rng))
 
 
@@ -597,7 +309,9 @@ def _spoil_whole(path: Path, data: bytes, rng: random.Random, arena: Arena) -> N
                 row = json.loads(lines[i])
             except (ValueError, IndexError, RecursionError):
                 row = {}
-            lines[i : i + rng.choice([0, 1, 1, 1])] = [as_text(changed(row, rng), rng).replace(b"\n", b" ")]
+            lines[i : i + rng.choice([0, 1, 1, 1])] = [
+                as_text(changed(row, rng), rng).replace(b"\n", b" ")
+            ]
         path.write_bytes(b"\n".join(lines) + rng.choice([b"", b"\n", b"\n", b"\r\n\n"]))
     else:
         path.write_text(template_of(rng), "utf-8")
@@ -610,8 +324,12 @@ def of_config(arena: Arena, rng: random.Random) -> Callable[[], Any]:
     folder = arena.copy(rng.choice(arena.models).name)
     path = folder / "config.json"
     if rng.random() < 0.5:
-        family = rng.choice(["llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma3_text", "gemma3"])
-        scaling = rng.choice(["", "", *(f" {name}" for name in SCALINGS)]) if family != "gemma3" else ""
+        family = rng.choice(
+            ["llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma3_text", "gemma3"]
+        )
+        scaling = (
+            rng.choice(["", "", *(f" {name}" for name in SCALINGS)]) if family != "gemma3" else ""
+        )
         path.write_text(json.dumps(raw_config(family + scaling)))
     _spoil(path, rng, arena)
     return lambda: load_decoder(folder, device="meta")
@@ -630,7 +348,9 @@ def of_index(arena: Arena, rng: random.Random) -> Callable[[], Any]:
                 "./model-00001-of-00002.safetensors", "x" * 300 + ".safetensors", "a\x00.safetensors", "..\\x.safetensors", "link.safetensors",
                 "model-00001-of-00002.safetensors", "é.safetensors", "CON.safetensors", "~/x.safetensors", "model-00001-of-00002.safetensors/",
             ])  # fmt: skip
-        (folder / "link.safetensors").symlink_to(rng.choice([arena.outside / "secret.safetensors", "/dev/zero", "/etc/passwd"]))
+        (folder / "link.safetensors").symlink_to(
+            rng.choice([arena.outside / "secret.safetensors", "/dev/zero", "/etc/passwd"])
+        )
         path.write_text(json.dumps(index))
     else:
         _spoil(rng.choice([path, path, folder / "model-00001-of-00002.safetensors"]), rng, arena)
@@ -673,7 +393,14 @@ def of_tokenizer(arena: Arena, rng: random.Random) -> Callable[[], Any]:
 def of_folder(arena: Arena, rng: random.Random) -> Callable[[], Any]:
     folder = arena.copy(rng.choice(arena.models).name)
     for _ in range(rng.choice([1, 1, 2])):
-        name = rng.choice(["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"])
+        name = rng.choice(
+            [
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "generation_config.json",
+                "chat_template.jinja",
+            ]
+        )
         settings = folder / "tokenizer_config.json"
         if rng.random() < 0.3 and settings.is_file() and not settings.is_symlink():
             settings.write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": rng.choice(
@@ -707,16 +434,36 @@ def of_prompts(arena: Arena, rng: random.Random) -> Callable[[], Any]:
 def of_report(arena: Arena, rng: random.Random) -> Callable[[], Any]:
     run = arena.copy("run")
     for _ in range(rng.choice([1, 1, 2])):
-        _spoil(run / rng.choice(["config.json", "metrics.jsonl", "samples.jsonl", "samples.jsonl", "eval.jsonl"]), rng, arena)
+        _spoil(
+            run
+            / rng.choice(
+                ["config.json", "metrics.jsonl", "samples.jsonl", "samples.jsonl", "eval.jsonl"]
+            ),
+            rng,
+            arena,
+        )
     return lambda: write_report(run)
 
 
 def of_checkpoint(arena: Arena, rng: random.Random) -> Callable[[], Any]:
     run = arena.copy(rng.choice(["stopped", "stopped", "stopped", "run"]))
     step = next((run / "checkpoints").iterdir())
-    files = ["checkpoint.json"] * 4 + ["optimizer.safetensors", "config.json", "model.safetensors", "tokenizer.json"]
+    files = ["checkpoint.json"] * 4 + [
+        "optimizer.safetensors",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     for _ in range(rng.choice([1, 1, 2])):
-        place = rng.choice([step / rng.choice(files), step / rng.choice(files), run / "metrics.jsonl", run / "config.json", run / "samples.jsonl"])
+        place = rng.choice(
+            [
+                step / rng.choice(files),
+                step / rng.choice(files),
+                run / "metrics.jsonl",
+                run / "config.json",
+                run / "samples.jsonl",
+            ]
+        )
         manifest = step / "checkpoint.json"
         if rng.random() < 0.15:
             try:
@@ -732,7 +479,11 @@ def of_checkpoint(arena: Arena, rng: random.Random) -> Callable[[], Any]:
             whole = rng.choice([run / "checkpoints", step, run / "final", run / "failed"])
             if whole.exists():
                 shutil.rmtree(whole)
-            whole.symlink_to(rng.choice([arena.outside, Path("/tmp"), Path("step-9"), arena.base / "run" / "final"]))
+            whole.symlink_to(
+                rng.choice(
+                    [arena.outside, Path("/tmp"), Path("step-9"), arena.base / "run" / "final"]
+                )
+            )
             break
         elif place.exists() and not place.is_dir():
             _spoil(place, rng, arena)
@@ -759,7 +510,9 @@ def _sign(step: Path, rng: random.Random) -> None:
     """In half of the cases checkpoint.json says what the files now are."""
     manifest = step / "checkpoint.json"
     try:
-        named = json.loads(manifest.read_bytes()) if manifest.is_file() and rng.random() < 0.5 else None
+        named = (
+            json.loads(manifest.read_bytes()) if manifest.is_file() and rng.random() < 0.5 else None
+        )
         for name in named["files"] if named else ():
             data = (step / name).read_bytes()
             named["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -808,8 +561,9 @@ def _slow(_number: int, _frame: Any) -> None:
 def judged(name: str, number: int, seed: int, arena: Arena) -> tuple[str, str]:
     """`loaded`, `refused` or `failed`, and why."""
     make, _, names = LOADERS[name]
+    pair.KEEP_FROM = 10**9  # only the loader of the cache reads it
     run = make(arena, random.Random(f"{seed} {name} {number}"))
-    home = os.getcwd()
+    home = Path.cwd()
     os.chdir(arena.work)
     try:
         with WATCH.over(arena.work), warnings.catch_warnings():
@@ -821,7 +575,10 @@ def judged(name: str, number: int, seed: int, arena: Arena) -> tuple[str, str]:
             except (ValueError, OSError) as error:
                 verdict, why = "refused", str(error)
                 if "expected" not in why or not re.search(names, why) or len(why) > LONGEST:
-                    verdict, why = "failed", f"message of {len(why)}: {type(error).__name__}: {why[:300]}"
+                    verdict, why = (
+                        "failed",
+                        f"message of {len(why)}: {type(error).__name__}: {why[:300]}",
+                    )
             except BaseException as error:  # noqa: BLE001 (that none of them comes out is the test)
                 verdict, why = "failed", f"{type(error).__name__}: {str(error)[:300]}"
             finally:
@@ -845,7 +602,11 @@ def guarded() -> Iterator[None]:
     for module, name in native:
         setattr(module, name, _watched(getattr(module, name)))
     sandbox.SECONDS = 0.2
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else None
+    used = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if Path("/proc/self/statm").exists()
+        else None
+    )
     if used:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, memory[1]))
     try:
@@ -861,7 +622,9 @@ def guarded() -> Iterator[None]:
             os.environ["MINIGOLD_CACHE"] = cache
 
 
-def fuzz(name: str, numbers: range, seed: int, arena: Arena, note: Callable[[str, int, str], None]) -> None:
+def fuzz(
+    name: str, numbers: range, seed: int, arena: Arena, note: Callable[[str, int, str], None]
+) -> None:
     """Judges the inputs of one loader; what lies beside the folder in use is looked at now and then."""
     for number in numbers:
         verdict, why = judged(name, number, seed, arena)
@@ -872,7 +635,9 @@ def fuzz(name: str, numbers: range, seed: int, arena: Arena, note: Callable[[str
         note(verdict, number, why)
 
 
-def _in_children(name: str, count: int, seed: int, arena: Arena) -> tuple[dict[str, int], list[Failure]]:
+def _in_children(
+    name: str, count: int, seed: int, arena: Arena
+) -> tuple[dict[str, int], list[Failure]]:
     """Counts of the verdicts. A child that dies or hangs is one failure, and another goes on."""
     counts, failures, done = dict.fromkeys(("loaded", "refused", "failed"), 0), list[Failure](), 0
     progress = arena.root.parent / f"{arena.root.name}-progress"
@@ -906,7 +671,9 @@ def _in_children(name: str, count: int, seed: int, arena: Arena) -> tuple[dict[s
                 failures.append(Failure(name, number, why))
         if status != 0 and done < count:
             counts["failed"] += 1
-            failures.append(Failure(name, done, f"the process ended with {os.waitstatus_to_exitcode(status)}"))
+            failures.append(
+                Failure(name, done, f"the process ended with {os.waitstatus_to_exitcode(status)}")
+            )
             done += 1
     progress.unlink(missing_ok=True)
     return counts, failures
@@ -931,7 +698,9 @@ def main(argv: list[str] | None = None) -> int:
         whole: dict[str, Any] = {"inputs": 0, "failed": 0, "loaders": {}}
         for name in names:
             begun = time.perf_counter()
-            counts, failures = _in_children(name, math.ceil(args.inputs * LOADERS[name][1] / total), args.seed, arena)
+            counts, failures = _in_children(
+                name, math.ceil(args.inputs * LOADERS[name][1] / total), args.seed, arena
+            )
             for one in failures[:20]:
                 print(f"  {one.loader} {one.number}: {one.reason}")
             print(f"{name:10} {counts['loaded']:6} loaded {counts['refused']:6} refused {counts['failed']:4} failed "
