@@ -157,11 +157,14 @@ def check_out(out: Path, *, resume: bool = False) -> None:
             f"expected --out to be a run's folder, or a new or empty one, got {out}, which has no "
             "config.json; name another"
         )
-    foreign = (p for p in out.rglob("*") if p.is_symlink() or not (p.is_file() or p.is_dir()))
+    foreign = (
+        p for p in out.rglob("*")
+        if p.is_symlink() or not (p.is_file() or (p.is_dir() and p.suffix in ("", PART)))
+    )  # fmt: skip
     if resume and (one := next(foreign, None)):
         raise ValueError(
-            f"expected --out to hold files and folders alone, got {one}, a link or a device; put there "
-            "what it stands for"
+            f"expected --out to hold what a run writes, got {one}, which is no plain file or folder; put "
+            "back what was there"
         )
     if held and not resume:
         remedy = "add --resume to go on with the run in it" if begun else "name another"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,23 +152,36 @@ def _sample(path: Path, line: _Line) -> Sample:
             row["completion"].encode("utf-8", "replace"),
             row["finished"],
             row["on_policy"],
-            row["student_ids"],
-            row["teacher_ids"],
-            [(int(a), int(b)) for a, b in row["student_spans"]],
-            [Chunk(*map(int, chunk)) for chunk in row["chunks"]],
+            [index(i) for i in row["student_ids"]],
+            [index(i) for i in row["teacher_ids"]],
+            [(index(a), index(b)) for a, b in row["student_spans"]],
+            [Chunk(*map(index, chunk)) for chunk in row["chunks"]],
             [float(a) for a in row["acceptance"]],
-            row["trained"],
+            [bool(x) for x in row["trained"]],
             [(str(text), float(prob)) for text, prob in row["teacher_best"]],
             {k: v for k, v in row.items() if k not in (*COLUMNS, *RESERVED)},
         )
     except KeyError as error:
         raise ValueError(f"{unlike}no {error}{remedy}") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{unlike}{error}{remedy}") from error
+        raise ValueError(f"{unlike}{str(error)[:200]}{remedy}") from error
     columns = sample.chunks, sample.acceptance, sample.trained, sample.best
     strange = [chunk.flaw for chunk in sample.chunks if not 0 <= chunk.flaw < len(FLAWS)]
     if strange:
         raise ValueError(f"{unlike}a chunk with the flaw {strange[0]}{remedy}")
     if len({len(column) for column in columns}) > 1:
         raise ValueError(f"{unlike}columns of {[len(c) for c in columns]} chunks{remedy}")
+    shares = (*sample.acceptance, *(prob for _, prob in sample.best))
+    if not all(0 <= share <= 1.01 for share in shares) or not _fits(sample):
+        raise ValueError(f"{unlike}shares, spans or chunks out of range{remedy}")
     return sample
+
+
+def _fits(sample: Sample) -> bool:
+    """Whether all ranges lie in the ids and in the text."""
+    ids, teacher_ids = len(sample.ids) + 1, len(sample.teacher_ids) + 1  # an end may have no id
+    size = len(sample.text)
+    ranges = [(start, end, size) for start, end in sample.spans]
+    for s0, s1, t0, t1, start, end, _ in sample.chunks:
+        ranges += [(s0, s1, ids), (t0, t1, teacher_ids), (start, end, size)]
+    return len(sample.spans) < ids and all(0 <= a <= b <= n for a, b, n in ranges)

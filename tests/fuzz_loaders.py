@@ -467,7 +467,8 @@ def of_checkpoint(arena: Arena, rng: random.Random) -> Callable[[], Any]:
         manifest = step / "checkpoint.json"
         if rng.random() < 0.15:
             try:
-                named = {} if manifest.is_symlink() else json.loads(manifest.read_bytes())
+                plain = manifest.is_file() and not manifest.is_symlink()
+                named = json.loads(manifest.read_bytes()) if plain else {}
             except (OSError, ValueError, RecursionError):
                 named = {}
             part = named.get(rng.choice(["files", "logs"])) if isinstance(named, dict) else None
@@ -514,7 +515,7 @@ def _sign(step: Path, rng: random.Random) -> None:
             json.loads(manifest.read_bytes()) if manifest.is_file() and rng.random() < 0.5 else None
         )
         for name in named["files"] if named else ():
-            data = (step / name).read_bytes()
+            data = (step / name).read_bytes() if (step / name).is_file() else b""
             named["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if named:
             manifest.write_text(json.dumps(named))

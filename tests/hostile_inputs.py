@@ -43,9 +43,7 @@ def _place(value: Any, rng: random.Random) -> list[Any]:
 def _near(value: Any, rng: random.Random) -> Any:
     """What stands near a value."""
     if type(value) in (int, float):
-        return rng.choice(
-            [value + 1, value - 1, value * 2, -value, float(value), str(value), [value]]
-        )
+        return rng.choice([value + 1, value - 1, value * 2, -value, 0.5, str(value), [value]])
     if isinstance(value, str):
         cut = rng.randrange(len(value) + 1)
         return rng.choice(

@@ -6,10 +6,12 @@ import sys
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -264,6 +266,26 @@ def test_the_conversations_try_each_template() -> None:
     assert "<|start|>analysis<|message|>c<|end|>" in filled(
         TEMPLATES["gpt-oss"], CONVERSATIONS["reasoning by older names"]
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")),
+    ids=lambda p: p.stem,
+)
+def test_templates_of_real_models_are_filled_as_transformers_does(path: Path) -> None:
+    template = path.read_text("utf-8")
+    for name in ("one turn", "system", "many turns", "reasoning", "tool calls"):
+        messages = CONVERSATIONS[name]
+        try:
+            expected = by_transformers(template, copy.deepcopy(messages), add=True)
+        except (ValueError, KeyError):
+            expected = None
+        try:
+            found = filled(template, messages)
+        except ValueError:
+            found = None
+        assert found == expected, name
 
 
 @given(

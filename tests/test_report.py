@@ -419,7 +419,7 @@ def test_a_step_that_was_run_again_counts_once(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------- which samples it has
 def test_prompts_that_came_back_are_shown_before_and_after(tmp_path: Path) -> None:
     """Those furthest apart first; of several answers in a step the first."""
-    samples = [sample_row(step, line, completion=f"hello {step}{line}", topic=f"t{line}")
+    samples = [sample_row(step, line, completion=f"hello {step:02}{line:02}", topic=f"t{line}")
                for step in range(1, 13) for line in (step % 9, step % 9, 20 + step)]  # fmt: skip
     samples.insert(1, sample_row(1, 1, completion="hello no "))
     reader = read(run_of(tmp_path, metrics=[metrics_row(1)], samples=samples))
@@ -523,7 +523,7 @@ def test_evaluations_have_charts_of_their_own(tmp_path: Path) -> None:
     evals = [
         {"step": 1, "accuracy": 0.25, "accuracy_low": 0.2, "accuracy_high": 0.3, "n": 40, "by": "me"},
         {"step": 4, "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.9, "n": 40,
-         "nothing": None, "yes": True, "floor_low": 3.0, "huge": 10**300},
+         "nothing": None, "yes": True, "floor_low": 3.0, "huge": 10**301},
     ]  # fmt: skip
     run = run_of(tmp_path, metrics=[metrics_row(1)], evals=evals)
     html = write_report(run).read_text("utf-8")
