@@ -19,7 +19,7 @@ import torch
 
 from minigold.chat import prompt_ids
 from minigold.config import Config
-from minigold.data import Prompt, read_prompts
+from minigold.data import Prompt, own_file, read_prompts
 from minigold.evaluate import evaluate, told
 from minigold.generate import Utterance, stream, write
 from minigold.load import LanguageModel, load
@@ -274,7 +274,7 @@ def find_model(name: str) -> str | Path:
             f"expected final/ or a checkpoint in the run {run}, found neither; let it train on"
         )
     log.info("%s: the model is %s", run, chosen.relative_to(run))
-    return chosen
+    return own_file(run, str(chosen.relative_to(run)))
 
 
 def find_device(name: str) -> torch.device:

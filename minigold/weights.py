@@ -18,12 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minigold.data import own_file, read_object, short
 from minigold.families import flat, model_config
 from minigold.model import Decoder
 
 __all__ = ["load_decoder", "save_decoder"]
 
-COPIED = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json", "tokenizer.model",
+)  # fmt: skip
+HEADER = 2**24  # bytes of a safetensors header; those of real shards have less than 2**20
 OUTSIDE = ("vision_tower.", "multi_modal_projector.")  # parts of nested Gemma 3 that read images
 
 
@@ -40,16 +45,20 @@ def load_decoder(
             that do not fit it by name, shape or type.
     """
     folder = Path(folder)
-    raw = _read_json(folder / "config.json")
+    raw = _read_config(folder)
+    try:
+        shape = model_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with torch.device("meta"):
-        decoder = Decoder(model_config(raw))
+        decoder = Decoder(shape)
     found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         for stored, tensor in _tensors(path, device=device, dtype=dtype):
             name = _own_name(stored, nested=raw["model_type"] == "gemma3")
             if name in found:
                 raise ValueError(
-                    f"expected each tensor once, got {stored} again in {path}; "
+                    f"expected each tensor once, got {stored[:200]} again in {path}; "
                     "keep only the shards of one model"
                 )
             if name:
@@ -61,24 +70,21 @@ def load_decoder(
     return decoder.eval()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected a model folder, found no folder {path.parent}")
-    if not path.is_file():
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The object of config.json, after a look at where all files lie that a save would copy."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a model folder, found no folder {folder}")
+    config, *_ = [own_file(folder, name) for name in ("config.json", *COPIED)]
+    if not config.is_file():
         raise FileNotFoundError(
-            f"expected {path.name} in {path.parent}, found none; give a Hugging Face model folder"
+            f"expected config.json in {folder}, found none; give a Hugging Face model folder"
         )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got {error}; download it again") from error
-    if type(value) is not dict:
-        raise ValueError(f"expected a JSON object in {path}, got {value!r}; download it again")
-    return value
+    return read_object(config)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single = own_file(folder, "model.safetensors")
+    index = own_file(folder, "model.safetensors.index.json")
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -86,22 +92,23 @@ def _weight_files(folder: Path) -> list[Path]:
             f"expected model.safetensors or {index.name} in {folder}, found neither; "
             "save the model again with save_pretrained of transformers"
         )
-    shards = _read_json(index).get("weight_map")
+    shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
         raise ValueError(
-            f"expected an object weight_map of file names in {index}, got {shards!r}; "
+            f"expected an object weight_map of file names in {index}, got {short(shards)}; "
             "download it again"
         )
     files = []
     for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard or "\\" in shard:
+        plain = Path(shard).name == shard and "\\" not in shard and len(shard) < 200
+        if not plain or not shard.endswith(".safetensors"):
             raise ValueError(
-                f"expected shards that lie beside {index}, got {shard!r}; "
+                f"expected shards that lie beside {index} as .safetensors, got {short(shard)}; "
                 "do not use an index that points out of its folder"
             )
-        if not (folder / shard).is_file():
+        if not own_file(folder, shard).is_file():
             raise FileNotFoundError(
-                f"expected shard {shard} in {folder}, as the index says, found none; download it"
+                f"expected shard {shard[:200]} in {folder}, as the index says, found none; download it"
             )
         files.append(folder / shard)
     return files
@@ -111,6 +118,13 @@ def _tensors(
     path: Path, *, device: torch.device | str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     shapes_only = torch.device(device).type == "meta"
+    with path.open("rb") as start:
+        size = int.from_bytes(start.read(8), "little")
+    if size > HEADER:
+        raise ValueError(
+            f"expected a whole safetensors file {path} with a header of at most {HEADER:,} bytes, "
+            f"got {size:,}; download it again"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu" if shapes_only else str(device)) as file:
             for name in file.keys():  # noqa: SIM118 (a file is no dict)
@@ -118,16 +132,16 @@ def _tensors(
                 kind = part.get_dtype()
                 if kind not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(
-                        f"expected float tensors, got {name} of type {kind} in {path}; "
+                        f"expected float tensors, got {name[:200]} of type {kind} in {path}; "
                         "dequantize the weights first"
                     )
                 if shapes_only:
                     yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
                 else:
                     yield name, file.get_tensor(name).to(dtype)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter is torch's: sizes past 2**63
         raise ValueError(
-            f"expected a whole safetensors file {path}, got {error}; download it again"
+            f"expected a whole safetensors file {path}, got {str(error)[:200]}; download it again"
         ) from error
 
 
@@ -170,7 +184,9 @@ def _check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder
     }
     for what, names in wrong.items():
         if names:
-            listed = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            listed = ", ".join(name[:200] for name in sorted(names)[:3]) + (
+                ", …" if len(names) > 3 else ""
+            )
             raise ValueError(
                 f"expected the tensors of config.json in {folder}, got {len(names)} {what}: "
                 f"{listed}; the weights and config.json are not of the same model"
@@ -189,7 +205,7 @@ def save_decoder(decoder: Decoder, folder: str | Path, *, source: str | Path) ->
     folder, source = Path(folder), Path(source)
     if folder.resolve() == source.resolve():
         raise ValueError(f"expected a folder other than the source {source}; save beside it")
-    raw = _read_json(source / "config.json")
+    raw = _read_config(source)
     if raw["model_type"] == "gemma3":
         raw = {**flat(raw), "architectures": ["Gemma3ForCausalLM"]}
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
@@ -199,6 +215,13 @@ def save_decoder(decoder: Decoder, folder: str | Path, *, source: str | Path) ->
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    for pattern in COPIED:
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
+    for name in COPIED:
+        path = source / name
+        if path.is_file() and (path.suffix != ".model" or _is_sentencepiece(path)):
+            shutil.copyfile(path, folder / name)
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    """Its first field is a list of pieces; no pickle begins with that byte."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"

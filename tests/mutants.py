@@ -241,8 +241,8 @@ MUTANTS = (
     # templates may change the messages
     Mutant(
         "minigold/chat.py",
-        "jinja2.sandbox.ImmutableSandboxedEnvironment(",
-        "jinja2.sandbox.SandboxedEnvironment(",
+        "jinja2.sandbox.ImmutableSandboxedEnvironment)",
+        "jinja2.sandbox.SandboxedEnvironment)",
         "tests/test_chat.py",
     ),
     # rows of padding behind the tokenizer's ids can be sampled
