@@ -3,7 +3,8 @@
 
     config.json                      settings, models, a hash of the prompts, versions
     metrics.jsonl, samples.jsonl     a line a step, a line an answer
-    checkpoints/step-N/              the student as a Hugging Face folder, and beside it
+    checkpoints/step-N/              the student as a Hugging Face folder (its adapter alone, where
+                                     that is trained), and beside it
         optimizer.safetensors        AdamW's moments and step counts, by the parameters' names
         checkpoint.json              the step, how long both logs were, size and hash of each file
     failed/step-N.json               a batch whose numbers were not finite
@@ -40,6 +41,7 @@ from minigold import metrics as measured
 from minigold.config import Config, option_name
 from minigold.data import Prompt, parse_object
 from minigold.load import LanguageModel
+from minigold.lora import adapter_of, load_adapter, save_adapter
 from minigold.pair import Pair
 from minigold.weights import load_decoder, save_decoder
 
@@ -88,7 +90,7 @@ class Run:
             for name in LOGS:
                 _flush(self.out / name)
             with _whole_folder(folder) as part:
-                save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
+                _save_student(self.pair.student, part)
                 save_file(moments(self.pair.student.decoder, self.optimizer), part / OPTIMIZER)
                 manifest = {
                     "format": FORMAT,
@@ -109,7 +111,7 @@ class Run:
         """Writes final/, unless the run was finished before."""
         if not (self.out / "final").is_dir():
             with self._writing(), _whole_folder(self.out / "final") as part:
-                save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
+                _save_student(self.pair.student, part)
 
     def kept(self) -> str:
         """What there is to go on from, in words."""
@@ -343,8 +345,21 @@ def _read_history(out: Path, *, steps: int, n_bytes: int | None = None) -> list[
     return rows
 
 
+def _save_student(student: LanguageModel, folder: Path) -> None:
+    """As a model or, where an adapter is trained, as that alone."""
+    decoder, source = student.decoder, student.folder
+    name, place = student.base or (student.name, student.folder)
+    if adapter_of(decoder):
+        save_adapter(decoder, folder, source=source, base=name, base_folder=place)
+    else:
+        save_decoder(decoder, folder, source=source, base=place)
+
+
 def _load_student(student: LanguageModel, folder: Path) -> None:
     decoder = student.decoder
+    if adapter_of(decoder):
+        load_adapter(decoder, folder)
+        return
     stored = load_decoder(folder, device=decoder.device, dtype=decoder.dtype)
     decoder.load_state_dict(stored.state_dict())
 

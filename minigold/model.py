@@ -26,7 +26,17 @@ from minigold.cache import Cache, Store
 from minigold.packed import PACK_FROM, Linear, pack, packed, product
 from minigold.replay import Replay
 
-__all__ = ["Decoder", "Head", "ModelConfig"]
+__all__ = ["MATRICES", "Decoder", "Head", "ModelConfig"]
+
+MATRICES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # of a layer
 
 
 @dataclass(frozen=True, kw_only=True)

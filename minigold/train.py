@@ -27,10 +27,11 @@ from minigold.checkpoint import open_run
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.load import LanguageModel
+from minigold.lora import Adapter, adapt, adapter_of, merge, new_tensors
 from minigold.masked import acceptance_of, choose_chunks, train_pass
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair, make_pair
-from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
+from minigold.rollout import ADAPTER, DATA, MASK, collect, sample_answers, seeds_of
 from minigold.watch import collapses, failed_in_a_row, finite
 
 __all__ = ["Config", "Step", "check_prompts", "distill"]
@@ -87,7 +88,7 @@ def distill(
     check_prompts(prompts, pair, config)
     student.decoder.cuda_graphs = config.cuda_graphs
     student.decoder.train()
-    student.decoder.requires_grad_(True)
+    choose_trained(student, config)
     teacher.decoder.eval()
     optimizer = adamw(student.decoder, config)
     run = open_run(out, pair, optimizer, prompts, config, resume=resume) if out else None
@@ -158,9 +159,30 @@ def batches_of(prompts: Sequence[Prompt], config: Config) -> Iterator[list[Promp
         del queue[: config.batch_size]
 
 
+def choose_trained(student: LanguageModel, config: Config) -> None:
+    """Leaves gradients to all weights or, with `--lora-rank`, to an adapter's alone.
+
+    A student that has an adapter goes on with it; where the weights are trained, it is merged first.
+    """
+    check_adapter(student, config)
+    decoder = student.decoder
+    if not config.lora_rank:
+        merge(decoder)
+        decoder.requires_grad_(True)
+    elif adapter_of(decoder) is None:
+        seed = seeds_of(config.seed, 0, ADAPTER, 1)[0]
+        new = Adapter(config.lora_rank, config.lora_alpha, config.adapted)
+        adapt(decoder, new, new_tensors(decoder, new, seed=seed))
+
+
+def trained_weights(decoder: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+
+
 def adamw(decoder: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     """One pass over weights and moments where the device has a kernel for it."""
-    parameters = list(decoder.parameters())
+    parameters = trained_weights(decoder)
     fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(
         parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused
@@ -190,7 +212,7 @@ def take_step(
     result = train_pass(pair, rollouts, chosen, config)
     norm, wrong = 0.0, ""
     if any(mask.any() for mask in result.trained):
-        parameters = list(pair.student.decoder.parameters())
+        parameters = trained_weights(pair.student.decoder)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
         if math.isfinite(norm) and math.isfinite(result.loss):
             optimizer.step()
@@ -240,6 +262,22 @@ def check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None
                 _check_length(model, text, prompt.completion, config, plain=plain)
             except ValueError as error:
                 raise ValueError(f"prompt of line {prompt.line}, {name}: {error}") from error
+
+
+def check_adapter(student: LanguageModel, config: Config) -> None:
+    """Refuses another adapter than the student has.
+
+    Raises:
+        ValueError: of another rank, alpha or layers.
+    """
+    there = adapter_of(student.decoder)
+    asked = Adapter(config.lora_rank, config.lora_alpha, config.adapted)
+    if there and config.lora_rank and there != asked:
+        raise ValueError(
+            f"expected --lora-rank {there.rank} --lora-alpha {there.alpha:g} --lora-targets "
+            f"{','.join(there.targets)}, as the adapter {student.name} has, got {asked.rank}, "
+            f"{asked.alpha:g} and {','.join(asked.targets)}; give these, or the base as --student"
+        )
 
 
 def _check_length(
