@@ -151,9 +151,10 @@ def read_settings(folder: Path) -> tuple[Adapter, str]:
     raw = read_json(path)
     for key, value in raw.items():
         if value and key not in HARMLESS and value not in ASKED.get(key, ()):
+            known = " or ".join(map(repr, ASKED[key])) if key in ASKED else "off"
             raise ValueError(
-                f"expected {' or '.join(map(repr, ASKED.get(key, ('nothing',))))} for {key} in "
-                f"{path}, got {value!r}; merge the adapter into its base with peft, and give that"
+                f"expected {key} {known} in {path}, got {value!r}; merge the adapter into its base with "
+                "peft, and give that"
             )
     base, rank, alpha = (raw.get(k) for k in ("base_model_name_or_path", "r", "lora_alpha"))
     targets = raw.get("target_modules")

@@ -84,6 +84,7 @@ def distill(
     config = config or Config()
     if resume and out is None:
         raise ValueError("expected `out` with `resume`, got none; name the folder of the run")
+    check_adapter(student, config)
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
     student.decoder.cuda_graphs = config.cuda_graphs
@@ -164,7 +165,6 @@ def choose_trained(student: LanguageModel, config: Config) -> None:
 
     A student that has an adapter goes on with it; where the weights are trained, it is merged first.
     """
-    check_adapter(student, config)
     decoder = student.decoder
     if not config.lora_rank:
         merge(decoder)

@@ -518,7 +518,12 @@ MUTANTS = (
         "tests/test_cost.py",
     ),
     # AdamW has one moment
-    Mutant("minigold/cost.py", '"AdamW": 2 * WIDE * n', '"AdamW": WIDE * n', "tests/test_cost.py"),
+    Mutant(
+        "minigold/cost.py",
+        '"AdamW": 2 * WIDE * s.trained',
+        '"AdamW": WIDE * s.trained',
+        "tests/test_cost.py",
+    ),
     # the packed copies take no memory
     Mutant(
         "minigold/cost.py",
@@ -898,6 +903,50 @@ MUTANTS = (
         "    return _share(n_runs - len({t for r in sampled for t in zip(*[r.answer.ids[k:] for k in "
         "range(RUN)])}), n_runs)",
         "tests/test_watch.py",
+    ),
+    # an adapter is not scaled by its rank
+    Mutant(
+        "minigold/lora.py",
+        "return torch.add(whole, change, alpha=self.alpha / self.rank)",
+        "return torch.add(whole, change, alpha=self.alpha)",
+        "tests/test_lora.py",
+    ),
+    # the base beside an adapter is trained too
+    Mutant("minigold/lora.py", "decoder.requires_grad_(False)", "pass", "tests/test_lora.py"),
+    # a stored adapter is checked and not taken
+    Mutant(
+        "minigold/lora.py",
+        "decoder.load_state_dict(found, strict=False)",
+        "pass",
+        "tests/test_resume.py",
+    ),
+    # nested Gemma 3 has the names of the text model
+    Mutant(
+        "minigold/lora.py",
+        'if nested else f"{PREFIX}model."',
+        'if not base else f"{PREFIX}model."',
+        "tests/test_lora.py",
+    ),
+    # any other way to adapt is taken for this one
+    Mutant(
+        "minigold/lora.py",
+        "if value and key not in HARMLESS",
+        "if value and key in ASKED",
+        "tests/test_lora.py",
+    ),
+    # frozen matrices are copied at each step of decoding
+    Mutant(
+        "minigold/packed.py",
+        "return None if weight.requires_grad else weight.to",
+        "return None if weight.is_leaf else weight.to",
+        "tests/test_lora.py",
+    ),
+    # a step of the optimizer forgets that frozen weights have no gradient of their own
+    Mutant(
+        "minigold/cost.py",
+        "(6 * s.adapter - 2 * matrix_parameters(c))",
+        "(6 * s.adapter)",
+        "tests/test_cost.py",
     ),
 )
 

@@ -38,7 +38,8 @@ DESIGN_OPTIONS = """--steps --batch-size --rollouts --micro-batch --max-new-toke
     --warmup --weight-decay --clip --plain-prompt --student-plain --teacher-plain --seed --device
     --dtype --log-every --eval-every --save-every --keep --patience --teacher --student --prompts
     --out --config --dry-run --resume"""
-MORE_OPTIONS = "--cuda-graphs --student-temperature --teacher-temperature --replay"
+MORE_OPTIONS = """--cuda-graphs --student-temperature --teacher-temperature --replay --lora-rank
+    --lora-alpha --lora-targets"""
 VARYING = {"seconds", "seconds_sample", "seconds_teacher", "seconds_train", "peak_memory_gib"}
 PROMPTS = [
     {"prompt": "hello", "id": 7},
