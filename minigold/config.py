@@ -56,6 +56,10 @@ class Config:
     lora_rank: int = _opt(0, "of the adapter that is trained instead of the weights; 0 trains them")
     lora_alpha: float = _opt(16.0, "the adapter's scale is this divided by its rank")
     lora_targets: str = _opt("all", "layers with an adapter, or some of " + ",".join(MATRICES))
+    gradient_checkpointing: bool = _opt(
+        False,
+        "training keeps each layer's input alone and runs layers twice: less memory, more time",
+    )
     student_plain: bool = _opt(False, "the student reads the prompt as it is, without a template")
     teacher_plain: bool = _opt(False, "the teacher reads the prompt as it is, without a template")
     seed: int = _opt(0, "of data order, sampling and masks")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minigold.loss import BLOCK as LOSS_BLOCK
 from minigold.model import MATRICES, ModelConfig
@@ -29,6 +29,7 @@ __all__ = [
     "Work",
     "adapter_parameters",
     "floor_seconds",
+    "layer_saved_bytes",
     "matrix_parameters",
     "memory",
     "parameters",
@@ -55,6 +56,7 @@ class Sizes:
         chunks, head_rows: of all rows; chunks compared, and predictions of the student read for
             them (at most all tokens of its answers, and one more a chunk).
         lora_rank, lora_targets: of the student's adapter, if that is trained.
+        checkpointing: its layers run again in the backward pass.
         nucleus: top-p is on.
         cuda: the student runs in bfloat16 with weights in float32, norms are one kernel.
         teacher_bytes: of one of its weights.
@@ -75,6 +77,7 @@ class Sizes:
     head_rows: int
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
+    checkpointing: bool = False
     nucleus: bool = False
     cuda: bool = False
     teacher_bytes: int = WIDE
@@ -176,43 +179,68 @@ def saved_bytes(
     cuda: bool = False,
     lora_rank: int = 0,
     lora_targets: Collection[str] = (),
+    checkpointing: bool = False,
 ) -> int:
     """Bytes that autograd keeps of a forward pass over `rows` rows of `length` tokens.
 
-    A token and layer: a norm keeps its input and, unless it is one kernel, the scaled input, and the
-    root; the matrices keep the norms' outputs; attention its queries, keys, values, output and the
-    logarithm of its sums, but no table of scores; the MLP four tensors of width M (what the gate
-    gave, before and after the activation; what `up_proj` gave; their product). Norms of heads and
-    Gemma's norms after the blocks keep their inputs alike. Once a pass: ids, rotations, and for each
-    sliding layer whose window is shorter than the row its mask, in float32. With an adapter a frozen
-    norm keeps its input alone, the first one nothing, and of what goes into the matrices stays what
-    goes into adapters too, beside what is between their two matrices.
+    Of the layers see `layer_saved_bytes`; with checkpointing a layer's input alone. Once a pass: the
+    last norm (beside an adapter the first norm keeps nothing), ids, rotations, and the mask of sliding
+    layers whose window is shorter than the row.
+    """
+    d, kept = config.width, 1 if cuda or lora_rank else 2
+    last = WIDE * (kept * d + 1)
+    once = rows * length * (0 if lora_rank else last + 8)  # the last norm, and the id
+    if checkpointing:
+        layers = config.n_layers * rows * length * WIDE * d
+        once += rows * length * last * (lora_rank > 0)
+    else:
+        layers = sum(
+            layer_saved_bytes(
+                config, rows, length,
+                sliding=sliding, cuda=cuda, lora_rank=lora_rank, lora_targets=lora_targets,
+            )
+            for sliding in config.sliding
+        )  # fmt: skip
+    kinds = len({x for x, rotary in zip(config.sliding, config.rotary, strict=True) if rotary})
+    once += kinds * 2 * length * config.head_width * WIDE
+    if any(config.sliding) and length > config.window:
+        once += length**2
+    return layers + once
+
+
+def layer_saved_bytes(
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    *,
+    sliding: bool,
+    cuda: bool = False,
+    lora_rank: int = 0,
+    lora_targets: Collection[str] = (),
+) -> int:
+    """Of one layer, its input included.
+
+    A token: a norm keeps its input and, unless it is one kernel, the scaled input, and the root; the
+    matrices keep the norms' outputs; attention its queries, keys, values, output and the logarithm of
+    its sums, but no table of scores; the MLP four tensors of width M (what the gate gave, before and
+    after the activation; what `up_proj` gave; their product). Norms of heads and Gemma's norms after
+    the blocks keep their inputs alike. A window that is shorter than the row needs its mask, in
+    float32. With an adapter a frozen norm keeps its input and the root, and of what goes into the
+    matrices stays what goes into adapters too, beside what is between their two matrices.
     """
     d, m, q, k = config.width, config.mlp_width, _queries(config), _keys(config)
     h, g = config.n_heads, config.n_kv_heads
     kept = 1 if cuda or lora_rank else 2  # of a norm's width
-    wide = 2 * (kept * d + 1) + h
-    if config.is_gemma:
-        wide += 2 * (kept * d + 1)
+    wide = (4 if config.is_gemma else 2) * (kept * d + 1) + h
     if _norms_heads(config):
         wide += kept * (q + k) + h + g
     narrow = 2 * d + 2 * q + 2 * k + 4 * m
     if lora_rank:
-        into = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-        unread = [d, d, m]
-        narrow -= sum(
-            n for n, some in zip(unread, into, strict=True) if some.isdisjoint(lora_targets)
-        )
+        for some, size in ((MATRICES[:3], d), (MATRICES[4:6], d), (MATRICES[6:], m)):
+            narrow -= size * set(some).isdisjoint(lora_targets)
         narrow += lora_rank * len(lora_targets)
-    token = config.n_layers * (WIDE * wide + (2 if cuda else WIDE) * narrow)
-    if not lora_rank:
-        token += WIDE * (kept * d + 1) + 8  # the last norm, and the id
-    sliding = sum(config.sliding)
-    kinds = len({x for x, rotary in zip(config.sliding, config.rotary, strict=True) if rotary})
-    once = kinds * 2 * length * config.head_width * WIDE
-    if sliding and length > config.window:
-        once += sliding * length**2 * WIDE + length**2
-    return rows * length * token + once
+    mask = WIDE * length**2 if sliding and length > config.window else 0
+    return rows * length * (WIDE * wide + (2 if cuda else WIDE) * narrow) + mask
 
 
 def _layer_bytes(config: ModelConfig, tokens: int, size: int) -> int:
@@ -305,13 +333,15 @@ def _training(s: Sizes) -> Parts:
     padded = table if s.student_ids < c.vocab_size else 0  # the slice's gradient is a whole table
     share = s.pass_rows / s.rows
     own = ceil(WIDE * share * s.head_rows * c.width)  # states that the loss reads, their gradient
-    activations = saved_bytes(
-        c, s.pass_rows, length,
-        cuda=s.cuda, lora_rank=s.lora_rank, lora_targets=s.lora_targets,
-    )  # fmt: skip
+    kept: dict[str, Any] = {
+        "cuda": s.cuda, "lora_rank": s.lora_rank, "lora_targets": s.lora_targets,
+    }  # fmt: skip
+    activations = saved_bytes(c, s.pass_rows, length, **kept, checkpointing=s.checkpointing)
     activations += WIDE * s.pass_rows * length * c.width  # what the decoder gave
     before = WIDE * n if s.passes > 1 else 0  # gradients of earlier micro-batches
     backward = s.narrow * s.pass_rows * length * (3 * c.mlp_width + 2 * c.width)
+    if s.checkpointing:  # a layer is there once more
+        backward += layer_saved_bytes(c, s.pass_rows, length, sliding=any(c.sliding), **kept)
     first = {
         "gradients": before,
         "activations": activations,
@@ -364,7 +394,8 @@ def training_operations(s: Sizes, *, pairs: int | None = None) -> int:
     """A backward pass is twice a forward pass (attention: 2.5 times, the scores are made again).
 
     The student's head does 6 V D a prediction, the teacher's 2 W D a chunk. What is frozen has no
-    gradient of its own, 4 in place of 6; beside an adapter the first layer hands none on.
+    gradient of its own, 4 in place of 6; beside an adapter the first layer hands none on. With
+    checkpointing the layers' forward pass is there twice, but for its last product.
     """
     c, length = s.student, s.prompt + s.completion - 1
     pairs = _pairs(length) if pairs is None else pairs
@@ -375,7 +406,18 @@ def training_operations(s: Sizes, *, pairs: int | None = None) -> int:
         layers += (6 * s.adapter - 2 * matrix_parameters(c)) * s.rows * length
         layers -= s.rows * _not_handed_on(s, length, pairs)
         heads -= 2 * s.head_rows * s.student_ids * c.width
+    if s.checkpointing:
+        again = 2 * (matrix_parameters(c) + s.adapter - c.n_layers * _last_product(s))
+        layers += again * s.rows * length + 4 * _queries(c) * c.n_layers * s.rows * pairs
     return layers + heads + 2 * s.chunks * s.teacher_ids * s.teacher.width
+
+
+def _last_product(s: Sizes) -> int:
+    """Weights of a layer's last product, if nothing after it keeps what it gives."""
+    if s.student.is_gemma:
+        return 0
+    n_in, n_out = _matrices(s.student)["down_proj"]
+    return s.lora_rank * n_out if "down_proj" in s.lora_targets else n_in * n_out
 
 
 def _not_handed_on(s: Sizes, length: int, pairs: int) -> int:
@@ -416,10 +458,11 @@ def work(s: Sizes) -> dict[str, Work]:
             reading + 2 * t_states * t_head,
             s.teacher_bytes * (t_body * s.passes + t_head * t_blocks),
         ),
-        # matrices: read twice, their gradient written unless they are frozen; heads: for each block
+        # matrices: read twice (checkpointing: thrice), their gradient written unless they are frozen;
+        # heads: for each block
         "training": Work(
             training_operations(s),
-            (2 * s.narrow * body + WIDE * (s.adapter or body)) * s.passes
+            ((2 + s.checkpointing) * s.narrow * body + WIDE * (s.adapter or body)) * s.passes
             + (2 * s.narrow + 2 * WIDE * whole) * head * blocks
             + s.teacher_bytes * t_head * blocks,
         ),

@@ -117,6 +117,7 @@ def sizes_of(
         head_rows=rows * new,
         lora_rank=config.lora_rank,
         lora_targets=config.adapted,
+        checkpointing=config.gradient_checkpointing,
         nucleus=config.top_p < 1,
         cuda=device.type == "cuda",
         teacher_bytes=dtype.itemsize,

@@ -88,6 +88,7 @@ def distill(
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
     student.decoder.cuda_graphs = config.cuda_graphs
+    student.decoder.checkpointing = config.gradient_checkpointing
     student.decoder.train()
     choose_trained(student, config)
     teacher.decoder.eval()

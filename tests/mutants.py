@@ -499,8 +499,8 @@ MUTANTS = (
     # the masks of sliding layers are forgotten
     Mutant(
         "minigold/cost.py",
-        "once += sliding * length**2 * WIDE + length**2",
-        "once += 0",
+        "mask = WIDE * length**2 if sliding and length > config.window else 0",
+        "mask = 0",
         "tests/test_cost.py",
     ),
     # norms of heads have no weights
@@ -946,6 +946,20 @@ MUTANTS = (
         "minigold/cost.py",
         "(6 * s.adapter - 2 * matrix_parameters(c))",
         "(6 * s.adapter)",
+        "tests/test_cost.py",
+    ),
+    # layers run twice only where that is not asked for
+    Mutant(
+        "minigold/model.py",
+        "if self.checkpointing and torch",
+        "if not self.checkpointing and torch",
+        "tests/test_train.py",
+    ),
+    # the layer that runs again takes no memory
+    Mutant(
+        "minigold/cost.py",
+        "    if s.checkpointing:  # a layer is there once more",
+        "    if False:  # a layer is there once more",
         "tests/test_cost.py",
     ),
 )

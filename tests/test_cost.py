@@ -78,9 +78,14 @@ def test_parameters_are_those_of_the_decoder(family: str, changes: dict[str, Any
 @pytest.mark.parametrize("length", [3, 33])
 def test_the_bytes_that_autograd_keeps(family: str, changes: dict[str, Any], length: int) -> None:
     config = model_config(raw_config(family, 41, **changes))
-    found = bytes_kept(Decoder(config), length)
+    decoder = Decoder(config)
     expected = cost.saved_bytes(config, 5, length) + norms_made_anew(config)
-    assert found == pytest.approx(expected, abs=length**2 + 1)  # the mask in bools
+    assert bytes_kept(decoder, length) == pytest.approx(expected, abs=length**2 + 1)  # bools
+    decoder.checkpointing = True
+    expected = cost.saved_bytes(config, 5, length, checkpointing=True)
+    assert bytes_kept(decoder, length) == pytest.approx(
+        expected - turned(config, length), abs=length**2 + 99
+    )
 
 
 def bytes_kept(decoder: Decoder, length: int) -> int:
@@ -96,6 +101,12 @@ def bytes_kept(decoder: Decoder, length: int) -> int:
         hidden_BSD = decoder(torch.zeros(5, length, dtype=torch.int64))
     known = {*own, hidden_BSD.untyped_storage().data_ptr()}
     return sum(x.nbytes() for at, x in kept.items() if at not in known)
+
+
+def turned(config: ModelConfig, length: int) -> int:
+    """Bytes of rotations: checkpointing holds them too, but not by autograd."""
+    kinds = {x for x, rotary in zip(config.sliding, config.rotary, strict=True) if rotary}
+    return len(kinds) * 2 * 4 * length * config.head_width
 
 
 def norms_made_anew(config: ModelConfig) -> int:
@@ -148,6 +159,11 @@ def test_what_an_adapter_has_and_keeps(family: str, targets: tuple[str, ...]) ->
     (short, long), (short_told, long_told) = kept, predicted
     assert long - short == pytest.approx(long_told - short_told, abs=99)
     assert short <= short_told + 99
+    for one in (config, longer):
+        decoder = adapted_decoder(one, targets)
+        decoder.checkpointing = True
+        told = cost.saved_bytes(one, 5, 9, lora_rank=3, lora_targets=targets, checkpointing=True)
+        assert bytes_kept(decoder, 9) == pytest.approx(told - turned(one, 9), abs=99)
     if set(targets) & {"q_proj", "k_proj", "v_proj"} == {"q_proj", "k_proj", "v_proj"}:
         assert short == pytest.approx(short_told, abs=99)
 
@@ -187,9 +203,16 @@ def pair_and_config(family: str, **changes: Any) -> tuple[Pair, Config]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("micro_batch", [2, 5])
-def test_operations_of_the_training_pass(family: str, micro_batch: int) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_of_the_training_pass(
+    family: str, micro_batch: int, checkpointing: bool
+) -> None:
     """As torch counts them, which takes attention to see all keys."""
-    pair, config = pair_and_config(family, batch_size=5, max_new_tokens=12, micro_batch=micro_batch)
+    pair, config = pair_and_config(
+        family, batch_size=5, max_new_tokens=12, micro_batch=micro_batch,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    pair.student.decoder.checkpointing = checkpointing
     prompts = [Prompt(prompt="the quick brown fox", line=i) for i in range(5)]
     answers, side = sample_answers(pair, prompts, config, number=1)
     rollouts = collect(pair, answers, side, config)
@@ -200,12 +223,14 @@ def test_operations_of_the_training_pass(family: str, micro_batch: int) -> None:
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids=["all", *(",".join(t) for t in TARGETS[1:])])
-def test_operations_of_training_an_adapter(targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_of_training_an_adapter(targets: tuple[str, ...], checkpointing: bool) -> None:
     """What is frozen has no gradient of its own, and nothing flows to before the first adapter."""
     pair, config = pair_and_config(
         "qwen3", batch_size=5, max_new_tokens=12, micro_batch=2, lora_rank=3,
-        lora_targets=",".join(targets),
+        lora_targets=",".join(targets), gradient_checkpointing=checkpointing,
     )  # fmt: skip
+    pair.student.decoder.checkpointing = checkpointing
     choose_trained(pair.student, config)
     prompts = [Prompt(prompt="the quick brown fox", line=i) for i in range(5)]
     rollouts = collect(pair, *sample_answers(pair, prompts, config, number=1), config)
@@ -228,6 +253,7 @@ def expected_operations(pair: Pair, rollouts: Any, chosen: Any, config: Config) 
             chunks=sum(int(chosen[i].sum()) for i in some),
             head_rows=sum(int(head_rows(rollouts[i])[chosen[i]].sum()) for i in some),
             lora_rank=config.lora_rank, lora_targets=config.adapted,
+            checkpointing=config.gradient_checkpointing,
         )  # fmt: skip
         total += cost.training_operations(one, pairs=length**2)
     return total
@@ -272,6 +298,8 @@ RUNS = {
                      "padding": 64},
     "activations": {"vocabulary": 4_000, "width": 256, "new": 160, "layers": 6, "batch": 12,
                     "micro_batch": 12, "family": "gemma3_text"},
+    "checkpointing": {"vocabulary": 4_000, "width": 256, "new": 96, "layers": 6, "batch": 12,
+                      "micro_batch": 12, "gradient_checkpointing": True},
     "adapter": {"vocabulary": 8_000, "width": 384, "new": 64, "layers": 4, "micro_batch": 3,
                 "lora_rank": 8},
 }  # fmt: skip
@@ -417,5 +445,5 @@ def test_the_lines_that_the_page_names_are_in_the_code() -> None:
     page = (root / "docs" / "performance.md").read_text("utf-8")
     code = " ".join((root / "minigold" / "cost.py").read_text("utf-8").split())
     rows = re.findall(r"^\| .* \| `(.+)` \|$", page, re.MULTILINE)
-    assert len(rows) == 21
+    assert len(rows) == 23
     assert [row for row in rows if " ".join(row.split()) not in code] == []

@@ -148,6 +148,7 @@ def one_run(batch: int, new: int, vocabulary: int, width: int, family: str = "ll
         ("train_pass", "training"),
     ):
         setattr(train, name, watch.over(stage, getattr(train, name)))
+    student.decoder.checkpointing = config.gradient_checkpointing
     train.choose_trained(student, config)
     optimizer = train.adamw(student.decoder, config)
     optimizer.step = watch.over("optimizer", optimizer.step)
@@ -189,6 +190,7 @@ def sizes_of(
         chunks=sum(int(mask.sum()) for mask in chosen),
         head_rows=sum(int(head_rows(r)[mask].sum()) for r, mask in zip(rollouts, chosen, strict=True)),
         lora_rank=config.lora_rank, lora_targets=config.adapted,
+        checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
 
 
