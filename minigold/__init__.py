@@ -14,7 +14,7 @@ Read the files in the order of the data; each imports only from files above it:
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
-    config, data, chat, rope, families, weights, lora, load, pair, batch, rollout    the edges of the loop
+    config, config_file, data, chat, rope, families, weights, lora, load, pair, batch, rollout    the edges of the loop
     masked      rollouts -> the chunks to train, and the gradient there
     metrics     what a step did, in numbers
     generate    prompts -> answers as text
@@ -66,7 +66,7 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss",
-    "config", "data", "chat", "rope", "families", "weights", "lora", "load", "pair", "batch", "rollout", "masked", "metrics",
+    "config", "config_file", "data", "chat", "rope", "families", "weights", "lora", "load", "pair", "batch", "rollout", "masked", "metrics",
     "generate", "evaluate", "watch", "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup",
     "page", "history", "chart", "report", "demo_task", "demo", "cli_align", "cli_models", "stop", "cli",
 )  # fmt: skip

@@ -18,6 +18,7 @@ from minigold import cli_align, cli_models
 from minigold.checkpoint import check_out
 from minigold.cli_models import find_device, find_dtype
 from minigold.config import NOT_BUILT, Config, option_name
+from minigold.config_file import KINDS, written_out
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
 from minigold.load import load
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     try:
         _refuse_unbuilt(args)
-        chosen = _parser().parse_args(args)
+        chosen = _parser().parse_args(written_out(args))
         chosen.run(chosen)
         sys.stdout.flush()  # here, where a reader that has gone is expected
     except SystemExit as end:
@@ -119,6 +120,10 @@ def _train_options(commands: Any) -> None:
                        help="JSON lines with `prompt` (required)")  # fmt: skip
     train.add_argument("--out", required=True, type=Path,
                        help="new or empty folder of the run (required)")  # fmt: skip
+    train.add_argument("--config", metavar="RUN.toml", help=(
+        "TOML file with any of these options, `lr = 1e-4` or `student_plain = true`; what stands on the "
+        "command line wins, where `no-` before its name turns a switch off; paths are relative to the "
+        "file (default: none)"))  # fmt: skip
     train.add_argument("--resume", action="store_true", help=(
         "go on with the run in --out from its last whole checkpoint, as if it had not stopped; a new "
         "or empty folder begins a run, a finished one stays as it is (default False)"))  # fmt: skip
@@ -137,6 +142,9 @@ def _train_options(commands: Any) -> None:
             kind = {"action": "store_true"}
         text = f"{f.metadata['help']} (default {f.default})".replace("%", "%%")
         train.add_argument(option_name(f.name), default=f.default, help=text, **kind)
+    for name in (name for name, kind in KINDS.items() if kind is bool):
+        train.add_argument(f"--no-{option_name(name)[2:]}", dest=name, action="store_false",
+                           default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
     train.set_defaults(run=_train)
 
 

@@ -15,7 +15,6 @@ __all__ = ["NOT_BUILT", "Config", "option_name"]
 
 NOT_BUILT = {  # options and values of the design that this version does not have yet
     "--eval-every": "evaluation during training",
-    "--config": "TOML configuration files",
 }
 
 

@@ -962,6 +962,20 @@ MUTANTS = (
         "    if False:  # a layer is there once more",
         "tests/test_cost.py",
     ),
+    # a file's options win over those of the command line
+    Mutant(
+        "minigold/config_file.py",
+        'return ["train", *(word for path in known.config for word in words_of(path)), *rest]',
+        'return ["train", *rest, *(word for path in known.config for word in words_of(path))]',
+        "tests/test_config_file.py",
+    ),
+    # true is a whole number
+    Mutant(
+        "minigold/config_file.py",
+        "if type(value) not in allowed:",
+        "if not isinstance(value, allowed):",
+        "tests/test_config_file.py",
+    ),
 )
 
 
