@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,8 @@ from minigold.config_file import KINDS, written_out
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
 from minigold.load import load
+from minigold.log_to import LOGS, check_logs, log_to
+from minigold.progress import SHOWN, check_bar, progress_bar
 from minigold.report import write_report
 from minigold.stop import asked_to_stop
 from minigold.train import Step, distill
@@ -136,6 +139,11 @@ def _train_options(commands: Any) -> None:
         "time), and stop: no weight is read, nothing is written (default False)"))  # fmt: skip
     train.add_argument("--plain-prompt", action="store_true",
                        help="both sides without a template (default False)")  # fmt: skip
+    train.add_argument("--log-to", metavar="LIST", help=(
+        f"{', '.join(LOGS)}, or several with commas: curves of every number there, beside "
+        "metrics.jsonl (default: none)"))  # fmt: skip
+    train.add_argument("--progress", default="lines", choices=SHOWN,
+                       help="on the terminal: a line a step, or a bar (default lines)")  # fmt: skip
     for f in fields(Config):
         kind: dict[str, Any] = {"type": type(f.default), "metavar": type(f.default).__name__}
         if isinstance(f.default, bool):
@@ -171,6 +179,13 @@ def _train(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
     check_out(args.out, resume=args.resume)
     dtype = find_dtype(args.dtype, device)
+    logs = () if args.log_to is None else check_logs(args.log_to)
+    if args.progress == "bar":
+        check_bar()
+        if config.log_every != Config.log_every:
+            raise ValueError(
+                "expected --log-every with --progress lines only; leave one of them out"
+            )
     if args.dry_run:
         pair = load(args.student, device="meta"), load(args.teacher, device="meta", dtype=dtype)
         found = estimate(*pair, prompts, config, device=device, dtype=dtype)
@@ -179,14 +194,16 @@ def _train(args: argparse.Namespace) -> None:
     student = load(args.student, device=device)
     teacher = load(args.teacher, device=device, dtype=dtype)
 
-    def show(step: Step) -> None:
-        if step.metrics["step"] % config.log_every == 0:
-            log.info(step_line(step.metrics, config.steps))
+    shown = progress_bar(config.steps) if args.progress == "bar" else _lines(config)
+    with asked_to_stop() as stop, log_to(logs, args.out) as add, shown as show:
 
-    with asked_to_stop() as stop:
+        def on_step(step: Step) -> None:
+            add(step.metrics)
+            show(step.metrics)
+
         history = distill(
             student, teacher, prompts, config,
-            out=args.out, resume=args.resume, on_step=show, stop=stop,
+            out=args.out, resume=args.resume, on_step=on_step, stop=stop,
         )  # fmt: skip
     if len(history) < config.steps:
         log.warning(
@@ -195,6 +212,17 @@ def _train(args: argparse.Namespace) -> None:
         )  # fmt: skip
         raise SystemExit(128 + stop.signal)  # as a shell tells it
     print(json.dumps({"out": str(args.out), **history[-1]}))
+
+
+@contextmanager
+def _lines(config: Config) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What says a line a step."""
+
+    def show(metrics: dict[str, Any]) -> None:
+        if metrics["step"] % config.log_every == 0:
+            log.info(step_line(metrics, config.steps))
+
+    yield show
 
 
 def _demo(args: argparse.Namespace) -> None:

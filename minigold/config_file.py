@@ -20,7 +20,7 @@ __all__ = ["KINDS", "words_of", "written_out"]
 
 MODELS = ("teacher", "student")
 KINDS: dict[str, type] = {  # of the options of `train`, by the names of their fields
-    **dict.fromkeys((*MODELS, "prompts", "out", "device", "dtype"), str),
+    **dict.fromkeys((*MODELS, "prompts", "out", "device", "dtype", "log_to", "progress"), str),
     **dict.fromkeys(("resume", "dry_run", "plain_prompt"), bool),
     **{f.name: type(f.default) for f in fields(Config)},
 }

@@ -39,7 +39,7 @@ DESIGN_OPTIONS = """--steps --batch-size --rollouts --micro-batch --max-new-toke
     --dtype --log-every --eval-every --save-every --keep --patience --teacher --student --prompts
     --out --config --dry-run --resume"""
 MORE_OPTIONS = """--cuda-graphs --student-temperature --teacher-temperature --replay --lora-rank
-    --lora-alpha --lora-targets --gradient-checkpointing"""
+    --lora-alpha --lora-targets --gradient-checkpointing --log-to --progress"""
 VARYING = {"seconds", "seconds_sample", "seconds_teacher", "seconds_train", "peak_memory_gib"}
 PROMPTS = [
     {"prompt": "hello", "id": 7},

@@ -16,7 +16,9 @@ from minigold import cli
 from minigold.config import Config, option_name
 from minigold.config_file import KINDS, words_of, written_out
 
-CHOICES = {"device": ["auto"], "dtype": ["auto", "float32", "bfloat16"]}
+CHOICES = {
+    "device": ["auto"], "dtype": ["auto", "float32", "bfloat16"], "progress": ["lines", "bar"],
+}  # fmt: skip
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00~"), min_size=1)
 VALUES = {
     bool: st.booleans(),
