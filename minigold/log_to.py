@@ -124,16 +124,21 @@ def _wandb(out: Path, first: int) -> Iterator[Add]:  # noqa: ARG001
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "minigold")
-    with wandb.init(
+    run = wandb.init(
         project=project, id=_identity(out), name=out.resolve().name, resume="allow", dir=str(out),
         config=_settings(out),
-    ) as run:  # fmt: skip
+    )  # fmt: skip
 
-        def add(number: int, numbers: dict[str, float]) -> None:
-            if number >= run.starting_step:  # it has those before, and takes none twice
-                run.log(numbers, step=number)
+    def add(number: int, numbers: dict[str, float]) -> None:
+        if number >= run.starting_step:  # it has those before, and takes none twice
+            run.log(numbers, step=number)
 
+    try:
         yield add
+    except BaseException:
+        run.finish(exit_code=1)  # as a context manager it would print the traceback
+        raise
+    run.finish()
 
 
 @contextmanager

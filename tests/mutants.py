@@ -976,6 +976,17 @@ MUTANTS = (
         "if not isinstance(value, allowed):",
         "tests/test_config_file.py",
     ),
+    # TensorBoard shows steps twice that were done again
+    Mutant("minigold/log_to.py", "purge_step=first", "purge_step=None", "tests/test_log_to.py"),
+    # a run that goes on is another one
+    Mutant(
+        "minigold/log_to.py",
+        "    if not path.is_file():\n",
+        "    if True:\n",
+        "tests/test_log_to.py",
+    ),
+    # a bar begins at zero where the run does not
+    Mutant("minigold/progress.py", "initial=done", "initial=0", "tests/test_log_to.py"),
 )
 
 
