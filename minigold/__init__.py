@@ -14,7 +14,8 @@ Read the files in the order of the data; each imports only from files above it:
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
-    config, data, sandbox, chat, rope, families, weights, load, pair, batch, rollout    the edges of the loop
+    config, config_file, data, sandbox, chat, rope, families, weights, lora, load, pair, batch, rollout
+                the edges of the loop
     masked      rollouts -> the chunks to train, and the gradient there
     metrics     what a step did, in numbers
     generate    prompts -> answers as text
@@ -27,7 +28,8 @@ Read the files in the order of the data; each imports only from files above it:
     compare     two tokenizers and a text -> how their tokens line up
     picture, markup, page    the same, drawn for a terminal and for a browser
     history, chart, report    the folder of a run -> a page with its curves and samples
-    demo, cli_align, cli_models, stop, cli    the demo and the command line
+    log_to      the numbers of steps -> curves elsewhere
+    demo, cli_align, cli_models, stop, progress, cli    the demo and the command line
 
 Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
 
@@ -66,9 +68,10 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss",
-    "config", "data", "sandbox", "chat", "rope", "families", "weights", "load", "pair", "batch", "rollout", "masked",
-    "metrics", "generate", "evaluate", "watch", "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup",
-    "page", "history", "chart", "report", "demo_task", "demo", "cli_align", "cli_models", "stop", "cli",
+    "config", "config_file", "data", "sandbox", "chat", "rope", "families", "weights", "lora", "load", "pair", "batch",
+    "rollout", "masked", "metrics", "generate", "evaluate", "watch", "checkpoint", "train", "cost", "dry_run", "compare",
+    "picture", "markup", "page", "history", "chart", "report", "log_to", "demo_task", "demo", "cli_align", "cli_models",
+    "stop", "progress", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

@@ -4,7 +4,8 @@
     config.json                      settings, models, a hash of the prompts, versions
     metrics.jsonl, samples.jsonl     a line a step, a line an answer
     eval.jsonl                       a line an evaluation, if there are any
-    checkpoints/step-N/              the student as a Hugging Face folder, and beside it
+    checkpoints/step-N/              the student as a Hugging Face folder (its adapter alone, where
+                                     that is trained), and beside it
         optimizer.safetensors        AdamW's moments and step counts, by the parameters' names
         checkpoint.json              the step, how long the logs were, size and hash of each file
     failed/step-N.json               a batch whose numbers were not finite
@@ -42,6 +43,7 @@ from minigold.config import BEST_BY, Config, option_name
 from minigold.data import Prompt, own_file, parse_object, read_object
 from minigold.evaluate import best_of
 from minigold.load import LanguageModel
+from minigold.lora import SETTINGS, TENSORS, adapter_of, load_adapter, save_adapter
 from minigold.pair import Pair
 from minigold.weights import load_decoder, save_decoder
 
@@ -53,9 +55,13 @@ __all__ = ["Run", "check_out", "open_run", "read_evals"]
 log = logging.getLogger("minigold")
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 MANIFEST, OPTIMIZER, PART = "checkpoint.json", "optimizer.safetensors", ".part"
+FOLDERS = ("checkpoints", "failed", "final")
 FORMAT = 1
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-READ = {"config.json", "model.safetensors", OPTIMIZER}  # what a run goes on from
+READ = (
+    {"config.json", "model.safetensors"},
+    {SETTINGS, TENSORS},
+)  # what a run goes on from, one of both
 BACK = "put the file back as the run wrote it"
 WATCHED = (  # numbers that a run goes on from
     "loss", "grad_norm", "repetition", "eos_rate", "completion_tokens", "shared_mass_student",
@@ -107,7 +113,7 @@ class Run:
             for name in logs:
                 _flush(self.out / name)
             with _whole_folder(folder) as part:
-                save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
+                _save_student(self.pair.student, part)
                 save_file(moments(self.pair.student.decoder, self.optimizer), part / OPTIMIZER)
                 manifest = {
                     "format": FORMAT,
@@ -130,7 +136,7 @@ class Run:
         """Writes final/, unless the run was finished before."""
         if not (self.out / "final").is_dir():
             with self._writing(), _whole_folder(self.out / "final") as part:
-                save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
+                _save_student(self.pair.student, part)
 
     def kept(self) -> str:
         """What there is to go on from, in words."""
@@ -167,8 +173,9 @@ def check_out(out: Path, *, resume: bool = False) -> None:
             f"expected --out to be a run's folder, or a new or empty one, got {out}, which has no "
             "config.json; name another"
         )
+    own = (*out.glob("*"), *(p for part in FOLDERS for p in (out / part).rglob("*")))
     foreign = (
-        p for p in out.rglob("*")
+        p for p in own
         if p.is_symlink() or not (p.is_file() or (p.is_dir() and p.suffix in ("", PART)))
     )  # fmt: skip
     if resume and (one := next(foreign, None)):
@@ -302,7 +309,8 @@ def check_whole(folder: Path) -> dict[str, Any]:
             )
         files, logs = manifest["files"].items(), manifest["logs"].items()
         kept = {*manifest["logs"]}
-        if not READ.issubset(manifest["files"]) or not {*LOGS[:2]} <= kept <= {*LOGS}:
+        whole = any({OPTIMIZER, *some}.issubset(manifest["files"]) for some in READ)
+        if not whole or not {*LOGS[:2]} <= kept <= {*LOGS}:
             raise ValueError(f"expected {MANIFEST} to name each file, got others")
         for name, written in files:
             if Path(name).name != name or not own_file(folder, name).is_file():
@@ -430,8 +438,21 @@ def _rows(path: Path, n_bytes: int | None) -> list[dict[str, Any]]:
     return [_object(line, path) for line in lines if line]
 
 
+def _save_student(student: LanguageModel, folder: Path) -> None:
+    """As a model or, where an adapter is trained, as that alone."""
+    decoder, source = student.decoder, student.folder
+    name, place = student.base or (student.name, student.folder)
+    if adapter_of(decoder):
+        save_adapter(decoder, folder, source=source, base=name, base_folder=place)
+    else:
+        save_decoder(decoder, folder, source=source, base=place)
+
+
 def _load_student(student: LanguageModel, folder: Path) -> None:
     decoder = student.decoder
+    if adapter_of(decoder):
+        load_adapter(decoder, folder)
+        return
     stored = load_decoder(folder, device=decoder.device, dtype=decoder.dtype)
     if stored.config != decoder.config:
         raise ValueError(f"expected the student's shape in {folder}, got another; {BACK}")

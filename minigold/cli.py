@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,11 +18,14 @@ import minigold
 from minigold import cli_align, cli_models
 from minigold.checkpoint import check_out, read_evals
 from minigold.cli_models import find_device, find_dtype
-from minigold.config import BEST_BY, NOT_BUILT, Config, option_name
+from minigold.config import BEST_BY, Config, option_name
+from minigold.config_file import KINDS, written_out
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
 from minigold.evaluate import best_of
 from minigold.load import load
+from minigold.log_to import LOGS, check_logs, log_to
+from minigold.progress import SHOWN, check_bar, progress_bar
 from minigold.report import write_report
 from minigold.stop import asked_to_stop
 from minigold.train import Step, distill
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     try:
         _refuse_unbuilt(args)
-        chosen = _parser().parse_args(args)
+        chosen = _parser().parse_args(written_out(args))
         chosen.run(chosen)
         sys.stdout.flush()  # here, where a reader that has gone is expected
     except SystemExit as end:
@@ -79,10 +83,6 @@ def _refuse_unbuilt(args: Sequence[str]) -> None:
             f"expected a command that this version has ({', '.join(COMMANDS)}), got {args[0]!r}, "
             "which is not built yet"
         )
-    for arg in args if args[:1] == ["train"] else ():
-        name = arg.partition("=")[0]
-        if name in NOT_BUILT:
-            raise ValueError(f"{name} is not built yet ({NOT_BUILT[name]}); leave it out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +123,10 @@ def _train_options(commands: Any) -> None:
         "before, during and after the run (default: none)"))  # fmt: skip
     train.add_argument("--out", required=True, type=Path,
                        help="new or empty folder of the run (required)")  # fmt: skip
+    train.add_argument("--config", metavar="RUN.toml", help=(
+        "TOML file with any of these options, `lr = 1e-4` or `student_plain = true`; what stands on the "
+        "command line wins, where `no-` before its name turns a switch off; paths are relative to the "
+        "file (default: none)"))  # fmt: skip
     train.add_argument("--resume", action="store_true", help=(
         "go on with the run in --out from its last whole checkpoint, as if it had not stopped; a new "
         "or empty folder begins a run, a finished one stays as it is (default False)"))  # fmt: skip
@@ -135,12 +139,20 @@ def _train_options(commands: Any) -> None:
         "time), and stop: no weight is read, nothing is written (default False)"))  # fmt: skip
     train.add_argument("--plain-prompt", action="store_true",
                        help="both sides without a template (default False)")  # fmt: skip
+    train.add_argument("--log-to", metavar="LIST", help=(
+        f"{', '.join(LOGS)}, or several with commas: curves of every number there, beside "
+        "metrics.jsonl (default: none)"))  # fmt: skip
+    train.add_argument("--progress", default="lines", choices=SHOWN,
+                       help="on the terminal: a line a step, or a bar (default lines)")  # fmt: skip
     for f in fields(Config):
         kind: dict[str, Any] = {"type": type(f.default), "metavar": type(f.default).__name__}
         if isinstance(f.default, bool):
             kind = {"action": "store_true"}
         text = f"{f.metadata['help']} (default {f.default})".replace("%", "%%")
         train.add_argument(option_name(f.name), default=f.default, help=text, **kind)
+    for name in (name for name, kind in KINDS.items() if kind is bool):
+        train.add_argument(f"--no-{option_name(name)[2:]}", dest=name, action="store_false",
+                           default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
     train.set_defaults(run=_train)
 
 
@@ -168,6 +180,13 @@ def _train(args: argparse.Namespace) -> None:
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     check_out(args.out, resume=args.resume)
     dtype = find_dtype(args.dtype, device)
+    logs = () if args.log_to is None else check_logs(args.log_to)
+    if args.progress == "bar":
+        check_bar()
+        if config.log_every != Config.log_every:
+            raise ValueError(
+                "expected --log-every with --progress lines only; leave one of them out"
+            )
     if args.dry_run:
         pair = load(args.student, device="meta"), load(args.teacher, device="meta", dtype=dtype)
         found = estimate(
@@ -178,14 +197,20 @@ def _train(args: argparse.Namespace) -> None:
     student = load(args.student, device=device)
     teacher = load(args.teacher, device=device, dtype=dtype)
 
-    def show(step: Step) -> None:
-        if step.metrics["step"] % config.log_every == 0:
-            log.info(step_line(step.metrics, config.steps))
+    shown = progress_bar(config.steps) if args.progress == "bar" else _lines(config)
+    with asked_to_stop() as stop, log_to(logs, args.out) as add, shown as show:
 
-    with asked_to_stop() as stop:
+        def on_step(step: Step) -> None:
+            add(step.metrics)
+            show(step.metrics)
+
+        def on_eval(row: dict[str, Any]) -> None:
+            add({"step": row["step"], "eval": row})
+            log.info(eval_line(row))
+
         history = distill(
             student, teacher, prompts, config, eval_prompts=eval_prompts, out=args.out,
-            resume=args.resume, on_step=show, on_eval=lambda row: log.info(eval_line(row)), stop=stop,
+            resume=args.resume, on_step=on_step, on_eval=on_eval, stop=stop,
         )  # fmt: skip
     if len(history) < config.steps:
         log.warning(
@@ -202,6 +227,17 @@ def _train(args: argparse.Namespace) -> None:
         )  # fmt: skip
     found = {"best_step": best["step"]} if best else {}
     print(json.dumps({"out": str(args.out), **found, **history[-1]}))
+
+
+@contextmanager
+def _lines(config: Config) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What says a line a step."""
+
+    def show(metrics: dict[str, Any]) -> None:
+        if metrics["step"] % config.log_every == 0:
+            log.info(step_line(metrics, config.steps))
+
+    yield show
 
 
 def _demo(args: argparse.Namespace) -> None:

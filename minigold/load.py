@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from minigold.chat import render
 from minigold.data import own_file, read_object, short
+from minigold.lora import SETTINGS, load_adapter, read_settings
 from minigold.model import Decoder
 from minigold.weights import load_decoder
 
@@ -50,6 +51,7 @@ class LanguageModel:
         end_id: the one of them that the template ends a turn with.
         context: tokens the model was made for.
         n_tokens: ids that both the tokenizer and the head know are below it.
+        base: name and folder of the model that an adapter changes; None for a whole model.
     """
 
     name: str
@@ -63,12 +65,13 @@ class LanguageModel:
     end_id: int
     context: int
     n_tokens: int
+    base: tuple[str, Path] | None = None
 
 
 def load(
     name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """Reads a folder or hub name.
+    """Reads a folder or hub name: of a model, or of an adapter, whose base is then read too.
 
     A tokenizer with more ids than the embedding has rows is warned about (logger `minigold`);
     the ids beyond are not used.
@@ -80,7 +83,10 @@ def load(
         FileNotFoundError: no such folder or hub name, or a file is missing in it.
         ValueError: a file that cannot be read or used, or no id that ends an answer.
     """
-    folder = resolve(name)
+    place = folder = resolve(name)
+    base = _base_of(folder) if (folder / SETTINGS).is_file() else None
+    if base and not (folder / "tokenizer.json").is_file():
+        folder = base[1]  # an adapter without a tokenizer is one for that of its base
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     settings = _json(folder, "tokenizer_config.json")
     specials = dict(settings)
@@ -88,10 +94,12 @@ def load(
         specials |= _json(folder, "special_tokens_map.json")
     template = _template(folder, settings)
     bos_token, eos_token = (_text(specials.get(key)) for key in ("bos_token", "eos_token"))
-    decoder = load_decoder(folder, device=device, dtype=dtype)
+    decoder = load_decoder(base[1] if base else folder, device=device, dtype=dtype)
+    if base:
+        load_adapter(decoder, place)
     n_tokens = _n_tokens(str(name), tokenizer, decoder.config.vocab_size)
     decoder.n_tokens = n_tokens  # the head gives no logits for rows of padding
-    stops = _stops(folder, n_tokens)
+    stops = _stops((folder, base[1]) if base else (folder,), n_tokens)
     eos = tokenizer.token_to_id(eos_token) if eos_token else None
     turn = _turn_end(tokenizer, template, bos_token=bos_token, eos_token=eos_token)
     known = [i for i in (turn, eos, *stops) if i is not None and i < n_tokens]
@@ -113,7 +121,23 @@ def load(
         end_id=end_id,
         context=decoder.config.context,
         n_tokens=n_tokens,
+        base=base,
     )
+
+
+def _base_of(folder: Path) -> tuple[str, Path]:
+    """Name and folder of the model that an adapter changes."""
+    name = read_settings(folder)[1]
+    remedy = f"correct base_model_name_or_path in {folder / SETTINGS}"
+    try:
+        found = resolve(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"the base of the adapter {folder}: {error}; {remedy}") from error
+    if (found / SETTINGS).is_file():
+        raise ValueError(
+            f"expected a whole model as the base of the adapter {folder}, got the adapter {name}; {remedy}"
+        )
+    return name, found
 
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
@@ -272,14 +296,18 @@ def _n_tokens(name: str, tokenizer: Tokenizer, rows: int) -> int:
     return min(ids, rows)
 
 
-def _stops(folder: Path, n_tokens: int) -> list[int]:
-    """`eos_token_id` of generation_config.json, else of config.json: one id or several."""
-    generation, config = (_json(folder, f"{name}.json") for name in ("generation_config", "config"))
-    value = generation.get("eos_token_id")
-    if value is None:
-        value = config.get("eos_token_id")
-    if value is None and isinstance(config.get("text_config"), dict):
-        value = config["text_config"].get("eos_token_id")
+def _stops(folders: tuple[Path, ...], n_tokens: int) -> list[int]:
+    """`eos_token_id` of generation_config.json, else of config.json: one id or several.
+
+    The first folder that has one counts.
+    """
+    folder, value = folders[0], None
+    for name in ("generation_config.json", "config.json"):
+        for one in (_json(place, name) for place in folders):
+            if value is None:
+                value = one.get("eos_token_id")
+            if value is None and isinstance(one.get("text_config"), dict):
+                value = one["text_config"].get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
         raise ValueError(

@@ -22,7 +22,15 @@ from minigold.data import own_file, read_object, short
 from minigold.families import flat, model_config
 from minigold.model import Decoder
 
-__all__ = ["load_decoder", "save_decoder"]
+__all__ = [
+    "check_fit",
+    "copy_tokenizer",
+    "load_decoder",
+    "own_name",
+    "read_json",
+    "read_tensors",
+    "save_decoder",
+]
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -45,7 +53,7 @@ def load_decoder(
             that do not fit it by name, shape or type.
     """
     folder = Path(folder)
-    raw = _read_config(folder)
+    raw = read_json(folder, "config.json")
     try:
         shape = model_config(raw)
     except ValueError as error:
@@ -54,8 +62,8 @@ def load_decoder(
         decoder = Decoder(shape)
     found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        for stored, tensor in _tensors(path, device=device, dtype=dtype):
-            name = _own_name(stored, nested=raw["model_type"] == "gemma3")
+        for stored, tensor in read_tensors(path, device=device, dtype=dtype):
+            name = own_name(stored, nested=raw["model_type"] == "gemma3")
             if name in found:
                 raise ValueError(
                     f"expected each tensor once, got {stored[:200]} again in {path}; "
@@ -65,21 +73,21 @@ def load_decoder(
                 found[name] = tensor
     if decoder.config.tied:
         _drop_repeated_head(found, folder)
-    _check_fit(found, decoder.state_dict(), folder)
+    check_fit(found, decoder.state_dict(), folder)
     decoder.load_state_dict(found, assign=True)
     return decoder.eval()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The object of config.json, after a look at where all files lie that a save would copy."""
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a file of a model folder, after a look at where all files lie that a save would copy."""
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a model folder, found no folder {folder}")
-    config, *_ = [own_file(folder, name) for name in ("config.json", *COPIED)]
-    if not config.is_file():
+    path, *_ = [own_file(folder, one) for one in (name, *COPIED)]
+    if not path.is_file():
         raise FileNotFoundError(
-            f"expected config.json in {folder}, found none; give a Hugging Face model folder"
+            f"expected {name} in {folder}, found none; give a Hugging Face model folder"
         )
-    return read_object(config)
+    return read_object(path)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -114,9 +122,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensors(
+def read_tensors(
     path: Path, *, device: torch.device | str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a safetensors file; on the device `meta` nothing but shapes is read."""
     shapes_only = torch.device(device).type == "meta"
     with path.open("rb") as start:
         size = int.from_bytes(start.read(8), "little")
@@ -145,7 +154,7 @@ def _tensors(
         ) from error
 
 
-def _own_name(name: str, *, nested: bool) -> str:
+def own_name(name: str, *, nested: bool) -> str:
     """The name inside `Decoder`, or "" for a tensor that it does not need."""
     if nested:
         bare = name.removeprefix("model.")
@@ -170,8 +179,14 @@ def _drop_repeated_head(found: dict[str, Tensor], folder: Path) -> None:
         )
 
 
-def _check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuses tensors that are missing, unexpected, or of another shape than config.json says."""
+def check_fit(
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    of: str = "config.json",
+) -> None:
+    """Refuses tensors that are missing, unexpected, or of another shape than `of` says."""
     shapes = {
         f"{name} {list(found[name].shape)} for {list(wanted[name].shape)}"
         for name in found.keys() & wanted.keys()
@@ -188,16 +203,18 @@ def _check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder
                 ", …" if len(names) > 3 else ""
             )
             raise ValueError(
-                f"expected the tensors of config.json in {folder}, got {len(names)} {what}: "
-                f"{listed}; the weights and config.json are not of the same model"
+                f"expected the tensors of {of} in {folder}, got {len(names)} {what}: "
+                f"{listed}; the weights and {of} are not of the same model"
             )
 
 
-def save_decoder(decoder: Decoder, folder: str | Path, *, source: str | Path) -> None:
+def save_decoder(
+    decoder: Decoder, folder: str | Path, *, source: str | Path, base: Path | None = None
+) -> None:
     """Writes a Hugging Face folder that `transformers` and `load_decoder` read.
 
-    config.json is that of `source` with the dtype of the weights (of nested Gemma 3 only the
-    text model); tokenizer, template and generation files are copied from there.
+    config.json is that of `base`, or of `source`, with the dtype of the weights (of nested Gemma 3
+    only the text model); tokenizer, template and generation files are copied from `source`.
 
     Raises:
         ValueError: `folder` is `source` itself.
@@ -205,7 +222,7 @@ def save_decoder(decoder: Decoder, folder: str | Path, *, source: str | Path) ->
     folder, source = Path(folder), Path(source)
     if folder.resolve() == source.resolve():
         raise ValueError(f"expected a folder other than the source {source}; save beside it")
-    raw = _read_config(source)
+    raw = read_json(base or source, "config.json")
     if raw["model_type"] == "gemma3":
         raw = {**flat(raw), "architectures": ["Gemma3ForCausalLM"]}
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
@@ -215,6 +232,11 @@ def save_decoder(decoder: Decoder, folder: str | Path, *, source: str | Path) ->
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
+    copy_tokenizer(source, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies tokenizer, template and generation files."""
     for name in COPIED:
         path = source / name
         if path.is_file() and (path.suffix != ".model" or _is_sentencepiece(path)):

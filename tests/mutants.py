@@ -499,8 +499,8 @@ MUTANTS = (
     # the masks of sliding layers are forgotten
     Mutant(
         "minigold/cost.py",
-        "once += sliding * length**2 * WIDE + length**2",
-        "once += 0",
+        "mask = WIDE * length**2 if sliding and length > config.window else 0",
+        "mask = 0",
         "tests/test_cost.py",
     ),
     # norms of heads have no weights
@@ -518,7 +518,12 @@ MUTANTS = (
         "tests/test_cost.py",
     ),
     # AdamW has one moment
-    Mutant("minigold/cost.py", '"AdamW": 2 * WIDE * n', '"AdamW": WIDE * n', "tests/test_cost.py"),
+    Mutant(
+        "minigold/cost.py",
+        '"AdamW": 2 * WIDE * s.trained',
+        '"AdamW": WIDE * s.trained',
+        "tests/test_cost.py",
+    ),
     # the packed copies take no memory
     Mutant(
         "minigold/cost.py",
@@ -920,6 +925,89 @@ MUTANTS = (
         "range(RUN)])}), n_runs)",
         "tests/test_watch.py",
     ),
+    # an adapter is not scaled by its rank
+    Mutant(
+        "minigold/lora.py",
+        "return torch.add(whole, change, alpha=self.alpha / self.rank)",
+        "return torch.add(whole, change, alpha=self.alpha)",
+        "tests/test_lora.py",
+    ),
+    # the base beside an adapter is trained too
+    Mutant("minigold/lora.py", "decoder.requires_grad_(False)", "pass", "tests/test_lora.py"),
+    # a stored adapter is checked and not taken
+    Mutant(
+        "minigold/lora.py",
+        "decoder.load_state_dict(found, strict=False)",
+        "pass",
+        "tests/test_resume.py",
+    ),
+    # nested Gemma 3 has the names of the text model
+    Mutant(
+        "minigold/lora.py",
+        'if nested else f"{PREFIX}model."',
+        'if not base else f"{PREFIX}model."',
+        "tests/test_lora.py",
+    ),
+    # any other way to adapt is taken for this one
+    Mutant(
+        "minigold/lora.py",
+        "if value and key not in HARMLESS",
+        "if value and key in ASKED",
+        "tests/test_lora.py",
+    ),
+    # frozen matrices are copied at each step of decoding
+    Mutant(
+        "minigold/packed.py",
+        "return None if weight.requires_grad else weight.to",
+        "return None if weight.is_leaf else weight.to",
+        "tests/test_lora.py",
+    ),
+    # a step of the optimizer forgets that frozen weights have no gradient of their own
+    Mutant(
+        "minigold/cost.py",
+        "(6 * s.adapter - 2 * matrix_parameters(c))",
+        "(6 * s.adapter)",
+        "tests/test_cost.py",
+    ),
+    # layers run twice only where that is not asked for
+    Mutant(
+        "minigold/model.py",
+        "if self.checkpointing and torch",
+        "if not self.checkpointing and torch",
+        "tests/test_train.py",
+    ),
+    # the layer that runs again takes no memory
+    Mutant(
+        "minigold/cost.py",
+        "    if s.checkpointing:  # a layer is there once more",
+        "    if False:  # a layer is there once more",
+        "tests/test_cost.py",
+    ),
+    # a file's options win over those of the command line
+    Mutant(
+        "minigold/config_file.py",
+        'return ["train", *(word for path in known.config for word in words_of(path)), *rest]',
+        'return ["train", *rest, *(word for path in known.config for word in words_of(path))]',
+        "tests/test_config_file.py",
+    ),
+    # true is a whole number
+    Mutant(
+        "minigold/config_file.py",
+        "if type(value) not in allowed:",
+        "if not isinstance(value, allowed):",
+        "tests/test_config_file.py",
+    ),
+    # TensorBoard shows steps twice that were done again
+    Mutant("minigold/log_to.py", "purge_step=first", "purge_step=None", "tests/test_log_to.py"),
+    # a run that goes on is another one
+    Mutant(
+        "minigold/log_to.py",
+        "    if not path.is_file():\n",
+        "    if True:\n",
+        "tests/test_log_to.py",
+    ),
+    # a bar begins at zero where the run does not
+    Mutant("minigold/progress.py", "initial=done", "initial=0", "tests/test_log_to.py"),
 )
 
 
