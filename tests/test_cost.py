@@ -201,9 +201,9 @@ def pair_and_config(family: str, **changes: Any) -> tuple[Pair, Config]:
     return make_pair(student, teacher), Config(**settings)
 
 
+@pytest.mark.unwatched
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("micro_batch", [2, 5])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("micro_batch", "checkpointing"), [(2, False), (5, False), (2, True)])
 def test_operations_of_the_training_pass(
     family: str, micro_batch: int, checkpointing: bool
 ) -> None:
@@ -222,8 +222,11 @@ def test_operations_of_the_training_pass(
     assert counter.get_total_flops() == expected_operations(pair, rollouts, chosen, config)
 
 
-@pytest.mark.parametrize("targets", TARGETS, ids=["all", *(",".join(t) for t in TARGETS[1:])])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.unwatched
+@pytest.mark.parametrize(
+    ("targets", "checkpointing"),
+    [*((targets, False) for targets in TARGETS), (MATRICES, True), (("v_proj",), True)],
+)
 def test_operations_of_training_an_adapter(targets: tuple[str, ...], checkpointing: bool) -> None:
     """What is frozen has no gradient of its own, and nothing flows to before the first adapter."""
     pair, config = pair_and_config(
@@ -306,7 +309,13 @@ RUNS = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is read from /proc")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("checkpointing", "adapter")))
+        for name in RUNS
+    ],
+)
 def test_memory_is_as_predicted_within_15_percent(name: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
     command = [sys.executable, str(BENCH), "--one", json.dumps(RUNS[name])]
@@ -342,6 +351,22 @@ def test_memory_grows_with_what_it_is_made_of() -> None:
     stage, parts = cost.peak(sizes())
     assert sum(parts.values()) == max(sum(p.values()) for p in cost.memory(sizes()).values())
     assert cost.memory(sizes())[stage] == parts
+
+
+def test_with_checkpointing_one_layer_is_there_beside_the_inputs_of_all() -> None:
+    whole, one = sizes(), sizes(checkpointing=True)
+    own, tokens = whole.student, 6 * (9 + 13 - 1)
+    before, after = (cost.memory(s)["training"] for s in (whole, one))
+    layer = cost.layer_saved_bytes(own, 6, 21, sliding=False)
+    less = own.n_layers * (layer - 4 * tokens * own.width)
+    assert before["activations"] - after["activations"] == less > 0
+    assert after["loss block"] == layer + 4 * tokens * (3 * own.mlp_width + 2 * own.width)
+    assert {k: v for k, v in before.items() if k not in ("activations", "loss block")} == {
+        k: v for k, v in after.items() if k not in ("activations", "loss block")
+    }
+    few, more = (cost.work(s)["training"] for s in (whole, one))
+    assert more.bytes - few.bytes == 4 * cost.matrix_parameters(own)
+    assert more.operations > few.operations
 
 
 def test_an_adapter_has_gradients_and_moments_and_the_rest_has_none() -> None:
