@@ -240,7 +240,7 @@ MUTANTS = (
     ),
     # templates may change the messages
     Mutant(
-        "minigold/chat.py",
+        "minigold/sandbox.py",
         "jinja2.sandbox.ImmutableSandboxedEnvironment)",
         "jinja2.sandbox.SandboxedEnvironment)",
         "tests/test_chat.py",
@@ -1008,6 +1008,66 @@ MUTANTS = (
     ),
     # a bar begins at zero where the run does not
     Mutant("minigold/progress.py", "initial=done", "initial=0", "tests/test_log_to.py"),
+    # links may lead out of a folder
+    Mutant(
+        "minigold/data.py",
+        "home, target = folder.resolve(), (folder / name).resolve()",
+        "home, target = folder.resolve(), folder.resolve() / name",
+        "tests/test_hostile.py",
+    ),
+    # the cache of the hub is not read through its links
+    Mutant(
+        "minigold/data.py",
+        "homes = [home, *(root",
+        "homes = [home, *(home / root",
+        "tests/test_hostile.py",
+    ),
+    # deep JSON passes
+    Mutant("minigold/data.py", "    if level:\n", "    if False:\n", "tests/test_hostile.py"),
+    # a checkpoint may name any file as a log
+    Mutant("minigold/checkpoint.py", " <= kept <= {*LOGS}", " <= kept", "tests/test_hostile.py"),
+    # weights that the manifest does not name are read
+    Mutant(
+        "minigold/checkpoint.py",
+        "if not whole or not",
+        "if not",
+        "tests/test_hostile.py",
+    ),
+    # a turn of a loop costs no time
+    Mutant(
+        "minigold/sandbox.py",
+        'node.iter = self._through("turns", node.iter)',
+        "pass",
+        "tests/test_hostile.py",
+    ),
+    # what is joined has any length
+    Mutant(
+        "minigold/sandbox.py",
+        "size += _size(value, LARGEST - size)",
+        "size += 0",
+        "tests/test_hostile.py",
+    ),
+    # small pieces may add up
+    Mutant(
+        "minigold/sandbox.py",
+        "_check_size(self.made, MADE)",
+        "_check_size(self.made, 2**40)",
+        "tests/test_hostile.py",
+    ),
+    # sizes in a tokenizer are believed
+    Mutant(
+        "minigold/load.py",
+        "    if wrong:\n        raise",
+        "    if False:\n        raise",
+        "tests/test_hostile.py",
+    ),
+    # samples may point anywhere
+    Mutant(
+        "minigold/history.py",
+        "for share in shares) or not _fits(sample):",
+        "for share in shares):",
+        "tests/test_hostile.py",
+    ),
 )
 
 
