@@ -19,7 +19,7 @@ STRANGE: list[Any] = [
     None, True, False, 0, 1, 2, 3, -1, 7, 255, 2**15, 2**24, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63,
     2**64, 10**30, 10**300, -(10**300), 0.5, -0.0, 1.5, 1e308, -1e308, 1e-300, 5e-324, 1 + 2e-16, math.nan,
     math.inf, -math.inf, "", " ", "a", "0", "true", "null", "\x00", "é", "\ud800", "\udc00x", "🙂", "x" * 10**5,
-    "../outside/secret.json", "/etc/passwd", "/dev/zero", "..", ".", "~", "C:\\x", "file:///etc/passwd",
+    "../outside/secret.json", "/etc/passwd", "/dev/zero", "..", ".", "~", "C:x", "file:///etc/passwd",
     [], {}, [[]], [None], {"": None}, [0] * 1000, [1, "a"], {"a": {"b": [1]}}, "step-3", "<|im_end|>",
     ["full_attention"], ["full_attention", "sliding_attention"], {"rope_type": "yarn"}, {"content": "</s>"},
 ]  # fmt: skip
