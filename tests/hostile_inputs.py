@@ -19,7 +19,7 @@ STRANGE: list[Any] = [
     None, True, False, 0, 1, 2, 3, -1, 7, 255, 2**15, 2**24, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63,
     2**64, 10**30, 10**300, -(10**300), 0.5, -0.0, 1.5, 1e308, -1e308, 1e-300, 5e-324, 1 + 2e-16, math.nan,
     math.inf, -math.inf, "", " ", "a", "0", "true", "null", "\x00", "é", "\ud800", "\udc00x", "🙂", "x" * 10**5,
-    "../outside/secret.json", "/etc/passwd", "/dev/zero", "..", ".", "~", "C:\\x", "file:///etc/passwd",
+    "../outside/secret.json", "/etc/passwd", "/dev/zero", "..", ".", "~", "C:x", "file:///etc/passwd",
     [], {}, [[]], [None], {"": None}, [0] * 1000, [1, "a"], {"a": {"b": [1]}}, "step-3", "<|im_end|>",
     ["full_attention"], ["full_attention", "sliding_attention"], {"rope_type": "yarn"}, {"content": "</s>"},
 ]  # fmt: skip
@@ -308,10 +308,10 @@ def with_other_parts(whole: dict[str, Any], rng: random.Random) -> dict[str, Any
 # -- chat templates ------------------------------------------------------------------------------
 
 ATOMS = (
-    "''", "'a'", "'<|im_end|>'", "1", "0", "-1", "2.5", "10**9", "10**6", "99999", "[]", "[1]", "{}", "()", "none", "true",
+    "''", "'a'", "'<|im_end|>'", "1", "0", "-1", "2.5", "1000000000", "1000000", "10**9", "2**(2**30)", "99999", "[]", "[1]", "{}", "()", "none", "true",
     "messages", "messages[0]", "messages[0].content", "bos_token", "eos_token", "tools", "self", "loop", "x", "ns", "ns.x", "m",
-    "range(10**9)", "range(99999)", "range(-5)", "namespace()", "dict(a=1)", "cycler(1)", "joiner()", "lipsum", "raise_exception",
-    "strftime_now", "strftime_now('%Y')", "('a' * 10**6)", "('a' * 10**9)", "(range(99999) | list)", "raise_exception('x')",
+    "range(1000000000)", "range(99999)", "range(-5)", "namespace()", "dict(a=1)", "cycler(1)", "joiner()", "lipsum", "raise_exception",
+    "strftime_now", "strftime_now('%Y')", "('a' * 1000000)", "('a' * 1000000000)", "(range(99999) | list)", "raise_exception('x')",
     "config", "request", "__import__", "open", "varargs", "caller", "super()", "undefined_name", "'{0.__class__}'",
     "'%s'", "'%999999999d'", "'{:>99999999}'", "'{a.__init__.__globals__}'", "messages.__class__",
 )  # fmt: skip
@@ -322,16 +322,16 @@ DUNDERS = (
 )  # fmt: skip
 METHODS = (
     "upper()", "split('a')", "rsplit(x)", "strip(x)", "join(x)", "join(messages)", "replace('', x)", "replace('a', x)", "format(x)",
-    "format(1, w=10**9)", "format_map(x)", "ljust(10**9)", "center(99999)", "zfill(10**9)", "encode()", "expandtabs(10**9)",
-    "translate({97: 'b'})", "to_bytes(10**9, 'big')", "items()", "keys()", "get('a')", "append(1)", "pop()", "clear()", "update(a=1)",
+    "format(1, w=1000000000)", "format_map(x)", "ljust(1000000000)", "center(99999)", "zfill(1000000000)", "encode()", "expandtabs(1000000000)",
+    "translate({97: 'b'})", "to_bytes(1000000000, 'big')", "items()", "keys()", "get('a')", "append(1)", "pop()", "clear()", "update(a=1)",
     "index(1)", "count('a')", "startswith(x)", "next", "reset()", "cycle(1, 2)", "unescape()", "__html__()", "copy()", "fromkeys(x)",
 )  # fmt: skip
 FILTERS = (
-    "list", "length", "tojson", "tojson(indent=10**9)", "tojson(separators=(x, x))", "join(x)", "replace('a', x)", "replace('', x)", "indent(10**6)",
-    "indent(x)", "center(10**9)", "batch(10**9, 'x')", "slice(10**9)", "sum", "sum(start=[])", "map('upper')", "map(attribute='__class__')",
-    "map('attr', '__class__')", "attr('__class__')", "attr('upper')", "format(1)", "round(10**9, 'ceil')", "round(2)", "default(x)", "sort", "unique",
+    "list", "length", "tojson", "tojson(indent=1000000000)", "tojson(separators=(x, x))", "join(x)", "replace('a', x)", "replace('', x)", "indent(1000000)",
+    "indent(x)", "center(1000000000)", "batch(1000000000, 'x')", "slice(1000000000)", "sum", "sum(start=[])", "map('upper')", "map(attribute='__class__')",
+    "map('attr', '__class__')", "attr('__class__')", "attr('upper')", "format(1)", "round(1000000000, 'ceil')", "round(2)", "default(x)", "sort", "unique",
     "groupby('role')", "first", "last", "int", "int(base=99)", "float", "string", "safe", "e", "urlize", "wordwrap(1, wrapstring=x)", "xmlattr", "dictsort",
-    "pprint", "striptags", "reverse", "selectattr('role')", "select('eq', x)", "reject('in', x)", "random", "trim(x)", "truncate(10**9)", "items",
+    "pprint", "striptags", "reverse", "selectattr('role')", "select('eq', x)", "reject('in', x)", "random", "trim(x)", "truncate(1000000000)", "items",
     "filesizeformat", "wordcount", "urlencode", "min", "max", "title", "turns", "weighed", "concatenated", "nothing", "abs", "d",
 )  # fmt: skip
 OPERATORS = (
@@ -398,7 +398,7 @@ def template_of(rng: random.Random) -> str:
     """A program of attempts."""
     parts = [
         "{% set ns = namespace(x=['a'], n=3) %}{% set x = "
-        + rng.choice(["'a'", "'a' * 10**6", "messages", "7"])
+        + rng.choice(["'a'", "'a' * 1000000", "messages", "7"])
         + " %}"
     ]
     for _ in range(rng.choice([1, 1, 2, 3])):
