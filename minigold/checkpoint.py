@@ -27,6 +27,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def check_out(out: Path, *, resume: bool = False) -> None:
             f"expected --out to be a run's folder, or a new or empty one, got {out}, which has no "
             "config.json; name another"
         )
-    own = (*out.glob("*"), *(p for part in FOLDERS for p in (out / part).rglob("*")))
+    own = chain(out.glob("*"), (p for part in FOLDERS for p in (out / part).rglob("*")))
     foreign = (
         p for p in own
         if p.is_symlink() or not (p.is_file() or (p.is_dir() and p.suffix in ("", PART)))

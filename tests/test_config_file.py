@@ -71,7 +71,7 @@ def test_a_file_says_what_the_words_would(
         place = (folder / str(values.get(name))).resolve()
         if name not in values:
             assert value == without[name]
-        elif name in ("prompts", "out"):
+        elif name in ("prompts", "eval_prompts", "out"):
             assert value == place
         elif name in ("teacher", "student"):
             assert value == (str(place) if place.is_dir() else values[name])
