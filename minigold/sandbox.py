@@ -39,8 +39,10 @@ ENDS = ("strip", "lstrip", "rstrip", "trim", "rfind", "rindex", "rsplit", "rpart
 def compiled(template: str) -> Callable[..., str]:
     """Fills the template with the names that it is given, as `transformers` does.
 
-    Raises (both, and any exception that a template can raise):
-        ValueError: it is too long, or what it writes or makes on the way is; it takes too long.
+    Raises:
+        ValueError: the template is too long, or what it makes on the way is.
+        TimeoutError: it takes too long.
+        Exception: whatever else a program can raise.
     """
     import jinja2.ext
     import jinja2.sandbox
