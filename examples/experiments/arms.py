@@ -34,13 +34,13 @@ from minigold.offsets import vocabulary
 from minigold.pair import Pair
 from minigold.sample import completion_states, pad
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from baselines import Answer, bpm, matched_by_string, prefixes, trl_gold, uld
 from demo_controls import no_overhang, shifted, shuffled
 from task import MAX_NEW_TOKENS
 
-__all__ = ["ARMS", "BASE", "UNLIKELY", "Arm", "replaced", "whole_pass"]
+__all__ = ["ARMS", "BASE", "LR", "UNLIKELY", "Arm", "replaced", "whole_pass"]
 
 BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
     steps=250,
@@ -51,6 +51,7 @@ BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
     warmup=10,
     student_plain=True,
 )
+LR: dict[str, float] = {}  # of arms that do best with another, see docs/experiments.md
 UNLIKELY = 0.1  # probability under which the control `suppress` pushes a sampled token down
 
 AnswerLoss = Callable[[Rollout, Tensor, Tensor], Tensor]
@@ -274,6 +275,11 @@ ARMS: dict[str, Arm] = {
     "untaught": Arm("controls", "the teacher before it was taught", teacher="untaught"),
     "suppress": Arm("controls", "no teacher: the student's own unlikely tokens pushed down", ALL,
                     loss=suppress_loss, per_token=True),
+    "apart-untouched": Arm("apart", "a student that spells every space by itself, before",
+                           trains=False, student="apart"),
+    "apart-gold": Arm("apart", "minigold as it is", student="apart"),
+    "apart-all": Arm("apart", "every chunk", ALL, student="apart"),
+    "apart-bpm": Arm("apart", "BPM", ALL, loss=bpm_loss, per_token=True, student="apart"),
     "same-untouched": Arm("one tokenizer", "a student with the teacher's tokenizer, before",
                           {"student_plain": False}, trains=False, **SAME),
     "same-gold": Arm("one tokenizer", "minigold, every token", {**ALL, "student_plain": False},

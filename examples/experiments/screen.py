@@ -41,9 +41,8 @@ from minigold.pair import make_pair
 from minigold.rollout import EVAL, sample_answers, seeds_of
 from minigold.train import Step, distill
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from arms import ARMS, BASE, replaced
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from arms import ARMS, BASE, LR, replaced
 from task import make, read_texts, well_indented
 
 __all__ = ["main", "measure", "run", "settings_of", "steps_for"]
@@ -219,7 +218,9 @@ def one_process(settings: dict[str, Any], path: Path, models: Path) -> str:
     command = [sys.executable, __file__, "--one", json.dumps(settings), "--models", str(models),
                "--out", str(path.parent)]  # fmt: skip
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | threads, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return f"{path.stem:32} failed:\n{done.stderr[-2000:]}"
     right = json.loads(path.read_text(encoding="utf-8"))["right"]
@@ -235,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--models", type=Path, default=Path("runs/tiny"), help="made if not there")
     found.add_argument("--jobs", type=int, default=1, help="runs at a time")
     found.add_argument("--steps", type=int, default=BASE.steps)
-    found.add_argument("--lr", type=float, default=BASE.lr)
+    found.add_argument("--lr", type=float, help=f"default: the arm's in LR, or {BASE.lr}")
     found.add_argument("--on", choices=ON, default=ON[0], help="prompts that are measured on")
     found.add_argument("--equal-time", type=Path, help="results whose `gold` gives the time")
     found.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
@@ -264,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps = args.steps
             if args.equal_time:
                 steps = steps_for(name, seed, args.equal_time)
-            settings = settings_of(name, seed, steps=steps, lr=args.lr, on=args.on)
+            lr = args.lr or LR.get(name, BASE.lr)
+            settings = settings_of(name, seed, steps=steps, lr=lr, on=args.on)
             if not is_done(_path(args.out, settings), settings):
                 wanted.append(settings)
     with ThreadPoolExecutor(args.jobs) as pool:

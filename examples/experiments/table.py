@@ -26,16 +26,20 @@ import numpy as np
 from minigold.data import write_whole
 from minigold.evaluate import bootstrap
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arms import ARMS
 
 __all__ = ["Results", "main", "page", "plot", "table", "verdicts", "wilson"]
 
-DOCS = HERE.parents[1] / "docs"
-FOLDERS = ("screen", "equal-time", "confirm-skill", "confirm-behaviour")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+FOLDERS = ("screen", "tune", "equal-time", "confirm-skill", "confirm-behaviour")
+SHARED = ("teacher", "untouched", "gold")  # of the screening, that other tables need
 NOT_RUN = "not run yet"
 GAP, GAIN, SHARE, SLACK, CONTROL = 0.6, 0.95, 0.35, 0.02, 0.2  # of the rules in the page
+MASK_RULE = (
+    f"at most {SHARE:.0%} of the chunks keep {GAIN:.0%} of the gain of all, beat the random mask, "
+    "cost less"
+)
 RIVALS = ("fine-tuned", "off-policy", "uld", "trl-gold", "trl-gold-on", "trl-bayesian", "bpm",
           "strict", "strict-paper", "byte")  # fmt: skip
 FAR = ("uld", "trl-gold")  # whose intervals must not overlap ours
@@ -92,7 +96,10 @@ class Results:
 
     def ends(self, arm: str) -> tuple[str, str]:
         """Start and teacher of its pair."""
-        return ("same-untouched" if arm.startswith("same") else "untouched"), "teacher"
+        student = ARMS[arm].student
+        return (
+            "untouched" if student in ("student", "teacher") else f"{student}-untouched"
+        ), "teacher"
 
     def gap(self, arm: str, share: float | None = None) -> float | None:
         """Gap recovered, (arm - start) / (teacher - start); of another share if one is given."""
@@ -151,7 +158,9 @@ def _mask_keeps(r: Results) -> tuple[bool, str]:
     start = r.share("untouched")
     kept = (r.share(mask) - start) / max(r.share("all") - start, 1e-9)
     _, low, _ = r.above(mask, random) if r.of(random) else (0.0, 0.0, 0.0)
-    cheaper = all(r.mean(mask, key) < r.mean("all", key) for key in ("cpu_seconds", "peak_memory_gib"))
+    cheaper = all(
+        r.mean(mask, key) < r.mean("all", key) for key in ("cpu_seconds", "peak_memory_gib")
+    )
     words = (
         f"{mask}: {share:.0%} of the chunks keep {kept:.0%} of the gain; "
         f"{'above' if low > 0 else 'not above'} {random}; "
@@ -201,8 +210,7 @@ def rules() -> list[Rule]:
         ("a", f"the default recovers at least {GAP:.0%} of the gap", ends, _recovers),
         *(("a", f"more than `{x}`" + (", without overlap" if x in FAR else ""), (*ends, x),
            _beats(x)) for x in RIVALS),
-        ("b", f"at most {SHARE:.0%} of the chunks keep {GAIN:.0%} of the gain of all, beat the "
-         "random mask, cost less", (*ends, "all"), _mask_keeps),
+        ("b", MASK_RULE, (*ends, "all"), _mask_keeps),
         ("c", "the student stops as often as the teacher", ends, _as_teacher("stopped")),
         ("d", "code is as well indented as the teacher's", ends, _as_teacher("indented")),
         *(("control", f"`{x}` fails", (*ends, x), _fails(x)) for x in CONTROLS),
@@ -270,6 +278,18 @@ def _rules_table(rows: Sequence[tuple[str, str, str, str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def tuning(r: Results) -> str:
+    """Markdown: exact match on the validation prompts by arm and learning rate."""
+    rates = sorted({run["lr"] for runs in r.runs.values() for run in runs})
+    lines = ["| arm | " + " | ".join(f"{lr:g}" for lr in rates) + " |"]
+    lines.append("|---|" + "--:|" * len(rates))
+    for arm, runs in r.runs.items():
+        of = {lr: [run for run in runs if run["lr"] == lr] for lr in rates}
+        cells = [f"{Results({arm: some}).share(arm):.3f}" if some else "–" for some in of.values()]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def machines(r: Results) -> str:
     """Where the runs were made, and how long they were."""
     found = {json.dumps(run["machine"], sort_keys=True) for runs in r.runs.values() for run in runs}
@@ -295,10 +315,15 @@ def plot(r: Results) -> str:
     parts = []
     for mark in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f'<path stroke="#ccc" d="M{x(mark):.0f} 8V{height - 24}"/>')
-        parts.append(f'<text x="{x(mark):.0f}" y="{height - 8}" text-anchor="middle">{mark:g}</text>')
+        parts.append(
+            f'<text x="{x(mark):.0f}" y="{height - 8}" text-anchor="middle">{mark:g}</text>'
+        )
     for i, name in enumerate(names):
         low, high = wilson(*r.count(name))
-        y, colour = 18 + row * i, "#b3402a" if ARMS[name].group in ("controls", "random") else "#0b5fa5"
+        y, colour = (
+            18 + row * i,
+            "#b3402a" if ARMS[name].group in ("controls", "random") else "#0b5fa5",
+        )
         parts.append(
             f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{name}</text>'
             f'<path stroke="{colour}" d="M{x(low):.1f} {y}H{x(high):.1f}"/>'
@@ -315,7 +340,9 @@ def part(name: str, r: Results) -> str:
     """What stands between the markers of a folder."""
     if not r.runs:
         return f"{NOT_RUN}."
-    shown = () if name == "screen" else ("a", "b", "c", "d")
+    if name == "tune":
+        return f"{machines(r)}\n\n{tuning(r)}"
+    shown = () if name == "screen" else ("a",)
     picture = f"\n\n![exact match by arm](results/{name}.svg)" if len(r.runs) > 1 else ""
     return f"{machines(r)}\n\n{table(r)}{picture}\n\n{_rules_table(verdicts(r, shown))}"
 
@@ -337,7 +364,7 @@ def page(text: str, parts: Mapping[str, str]) -> str:
 # ------------------------------------------------------------------- files
 def collect(folder: Path) -> list[Run]:
     """The runs of a folder, in the order of `ARMS` and of seeds."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
     order = list(ARMS)
     return sorted(runs, key=lambda run: (order.index(run["arm"]), run["seed"]))
 
@@ -362,11 +389,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = {}
     for name in FOLDERS:
         if args.runs and (args.runs / name).is_dir():
-            lines = ",\n".join(json.dumps(run, ensure_ascii=False) for run in collect(args.runs / name))
+            lines = ",\n".join(
+                json.dumps(run, ensure_ascii=False) for run in collect(args.runs / name)
+            )
             write_whole(results / f"{name}.json", f"[\n{lines}\n]\n".encode())
         found = read(results / f"{name}.json")
+        if name == "equal-time" and found.runs:
+            shared = read(results / "screen.json").runs
+            found = Results({arm: shared[arm] for arm in SHARED if arm in shared} | found.runs)
         parts[name] = part(name, found)
-        if found.runs:
+        if found.runs and name != "tune":
             write_whole(results / f"{name}.svg", plot(found).encode())
     path = args.docs / "experiments.md"
     write_whole(path, page(path.read_text(encoding="utf-8"), parts).encode())

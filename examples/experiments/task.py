@@ -13,9 +13,9 @@ a line break and most of an indentation, and the last space goes with the word; 
 line breaks, runs of spaces and words apart, and spell some accents in bytes.
 
 The folder gets `student`, `teacher`, `untaught` (the teacher when it knew how an answer looks and no
-sum), `same` (a student with the teacher's tokenizer), and what the teacher wrote on the prompts,
-`train.jsonl` and `held_out.jsonl`. It simplifies: no model knows anything but the task, and all
-seeds of an arm start from the same student.
+sum), `apart` (a student that spells every space by itself), `same` (one with the teacher's tokenizer),
+and what the teacher wrote on the prompts, `train.jsonl` and `held_out.jsonl`. It simplifies: no model
+knows anything but the task, and all seeds of an arm start from the same student.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,15 @@ from minigold.weights import save_decoder
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_demo_models import STUDENT, TEACHER, TEMPLATE, drawn, fine_tune, new_folder, ship
 
-__all__ = ["MAX_NEW_TOKENS", "held_out", "make", "prompts", "read_texts", "warm_up", "well_indented"]
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "held_out",
+    "make",
+    "prompts",
+    "read_texts",
+    "warm_up",
+    "well_indented",
+]
 
 NAMES = ("façade", "naïve", "café", "über", "señor", "déjà", "jalapeño", "crème", "smörgås",
          "ångström", "piñata", "fiancé")  # fmt: skip
@@ -60,8 +68,9 @@ SHAPES = (
 )
 N_WARM_UP = 8  # prompts whose answers the student has seen
 INDENT = 4
-MAX_NEW_TOKENS = 72
-FOLDERS = ("student", "teacher", "untaught", "same")
+MAX_NEW_TOKENS, CONTEXT = 72, 192
+MADE = "made"
+FOLDERS = ("student", "teacher", "untaught", "apart", "same")
 
 
 # ------------------------------------------------------------------- the task
@@ -141,16 +150,29 @@ def teacher_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def student_tokenizer() -> Tokenizer:
-    """BPE with byte fallback on other text; runs of spaces, line breaks and words stand apart."""
+def student_tokenizer(*, apart: bool = False) -> Tokenizer:
+    """BPE with byte fallback on other text: as Gemma's, line breaks and runs of spaces are tokens.
+
+    Args:
+        apart: the single space before a word is a token, too.
+    """
     words = [number_word(n) for n in range(10 * OPERANDS)]
-    other = ["glimmer, glimpse, return, returned; define: classic", "cafés, naïveté, façades, déjeuner"]
-    lines = [f"{a} {b}:\n{' ' * (4 * (i % 3))}{c}" for a, b, c in zip(words, words[7:], words[3:])
-             for i in range(3)]  # fmt: skip
+    other = [
+        "glimmer, glimpse, return, returned; define: classic",
+        "cafés, naïveté, façades, déjeuner",
+    ]
+    lines = [
+        f"{words[k]} {words[k - 7]}, {words[k - 11]}:\n{' ' * (INDENT * depth)}{words[k - 3]}"
+        for k in range(len(words))
+        for depth in range(3)
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁+|\n+|[^▁\n]+"), "isolated")
-    tokenizer.train_from_iterator([*lines, *other * 9], BpeTrainer(vocab_size=130, show_progress=False))
+    word = r"▁+|[^▁\n:,()]+" if apart else r"▁{2,}|▁?[^▁\n:,()]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\n+|[:,()]+|{word}"), "isolated")
+    tokenizer.train_from_iterator(
+        [*lines, *other * 9], BpeTrainer(vocab_size=200, show_progress=False)
+    )
     trained = json.loads(tokenizer.to_str())["model"]
     pieces = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
     first = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -176,58 +198,59 @@ def make(out: Path, *, scale: float = 1.0, say: Callable[[str], None] = print) -
     """Writes all folders and files that are not there yet.
 
     Args:
-        scale: of all numbers of steps; less than 1 is for tests.
+        scale: of all numbers of steps; less than 1 is for tests, which get 64 prompts a file too.
     """
-
-    def steps(n: int) -> int:
-        return max(1, round(scale * n))
-
-    def taught(model: LanguageModel, rows: Sequence[Prompt], n: int, **more: Any) -> None:
-        size, seed = more.pop("size"), more.pop("seed")
-        fine_tune(model, drawn(rows, size, seed=seed), steps=steps(n), say=say, **more)
-
-    torch.manual_seed(0)
+    teach = partial(_teach, scale=scale, say=say)
     form = forms(seed=2)
-    shape = {name: config | {"max_position_embeddings": 192} for name, config in
-             (("student", STUDENT), ("teacher", TEACHER))}  # fmt: skip
-    if not _whole(out / "teacher"):
-        teacher = new_folder(
-            out / "untaught", shape["teacher"], teacher_tokenizer(), end="<|end|>", template=TEMPLATE
-        )
-        taught(teacher, form, 300, size=64, seed=1, lr=2e-3, plain=False)
-        _ship(teacher, out / "untaught")
-        taught(teacher, prompts(), 900, size=128, seed=5, lr=2e-3, plain=False)
-        _ship(teacher, out / "teacher")
+    if not _is_made(out / "teacher"):
+        tokenizer = teacher_tokenizer()
+        teacher = _new(out / "untaught", TEACHER, tokenizer, end="<|end|>", template=TEMPLATE)
+        teach(teacher, form, steps=300, size=64, seed=1, lr=2e-3)
+        _save(teacher, out / "untaught")
+        teach(teacher, prompts(), steps=900, size=128, seed=5, lr=2e-3)
+        _save(teacher, out / "teacher")
     for name, tokenizer, end, template in (
         ("student", student_tokenizer(), "<eos>", None),
+        ("apart", student_tokenizer(apart=True), "<eos>", None),
         ("same", teacher_tokenizer(), "<|end|>", TEMPLATE),
     ):
-        if not _whole(out / name):
-            student = new_folder(out / name, shape["student"], tokenizer, end=end, template=template)
-            plain = template is None
-            taught(student, form, 400, size=64, seed=3, lr=2e-3, plain=plain)
-            taught(student, warm_up(), 60, size=8, seed=4, lr=5e-4, plain=plain)
-            _ship(student, out / name)
+        if not _is_made(out / name):
+            student = _new(out / name, STUDENT, tokenizer, end=end, template=template)
+            teach(student, form, steps=400, size=64, seed=3, lr=2e-3)
+            teach(student, warm_up(), steps=60, size=8, seed=4, lr=5e-4)
+            _save(student, out / name)
     teacher = load(out / "teacher")
     for name, rows in (("train", prompts()), ("held_out", held_out())):
         if not (out / f"{name}.jsonl").is_file():
             _write_texts(teacher, rows if scale == 1 else rows[:64], out / f"{name}.jsonl")
 
 
-def _whole(folder: Path) -> bool:
-    """The marker is written last."""
-    return (folder / "made").is_file()
+def _new(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, **more: Any) -> LanguageModel:
+    """Random weights, the same whatever was made before."""
+    torch.manual_seed(0)
+    return new_folder(folder, config | {"max_position_embeddings": CONTEXT}, tokenizer, **more)
 
 
-def _ship(model: LanguageModel, folder: Path) -> None:
-    """Writes float32 weights, and what belongs to them, to a folder of their own."""
+def _teach(
+    model: LanguageModel, rows: Sequence[Prompt], *, steps: int, size: int, seed: int, lr: float,
+    scale: float, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    steps, plain = max(1, round(scale * steps)), model.template is None
+    fine_tune(model, drawn(rows, size, seed=seed), steps=steps, lr=lr, plain=plain, say=say)
+
+
+def _is_made(folder: Path) -> bool:
+    return (folder / MADE).is_file()
+
+
+def _save(model: LanguageModel, folder: Path) -> None:
+    """Writes the weights, rounded to float16, into the model's own folder or a new one."""
     if folder == model.folder:
-        ship(model)  # rounds to float16
-        model.decoder.float()
+        ship(model)
     else:
         save_decoder(model.decoder.half(), folder, source=model.folder)
-        model.decoder.float()
-    (folder / "made").touch()
+    model.decoder.float()
+    (folder / MADE).touch()  # last: without it the folder is made again
 
 
 def _write_texts(teacher: LanguageModel, rows: Sequence[Prompt], path: Path) -> None:
@@ -266,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     make(args.out)
     for name in FOLDERS:
         model = load(args.out / name)
-        right = exact_matches(model, held_out(), plain=name == "student", max_new_tokens=MAX_NEW_TOKENS)
+        right = exact_matches(
+            model, held_out(), plain=model.template is None, max_new_tokens=MAX_NEW_TOKENS
+        )
         print(f"{name:9} {sum(right) / len(right):.3f} exact match")
     print(f"{time.perf_counter() - start:.0f} s")
     return 0
