@@ -354,8 +354,8 @@ def page(text: str, parts: Mapping[str, str]) -> str:
         ValueError: a part without its markers.
     """
     for name, new in parts.items():
-        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text, n = pattern.subn(lambda found, new=new: found[1] + new + found[2], text)
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, n = pattern.subn(lambda found, new=new: f"{found[1]}{new}\n{found[2]}", text)
         if n != 1:
             raise ValueError(f"expected one <!-- {name} --> … <!-- end --> in the page, got {n}")
     return text
@@ -369,12 +369,15 @@ def collect(folder: Path) -> list[Run]:
     return sorted(runs, key=lambda run: (order.index(run["arm"]), run["seed"]))
 
 
-def read(path: Path) -> Results:
+def read(folder: Path, name: str) -> Results:
     """Results of docs/results; none if there is no such file."""
-    runs: dict[str, list[Run]] = {}
+    path, runs = folder / f"{name}.json", {}
     if path.is_file():
         for run in json.loads(path.read_text(encoding="utf-8")):
             runs.setdefault(run["arm"], []).append(run)
+    if runs and name == "equal-time":
+        others = read(folder, "screen").runs
+        runs = {arm: others[arm] for arm in SHARED if arm in others} | runs
     return Results(runs)
 
 
@@ -393,10 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 json.dumps(run, ensure_ascii=False) for run in collect(args.runs / name)
             )
             write_whole(results / f"{name}.json", f"[\n{lines}\n]\n".encode())
-        found = read(results / f"{name}.json")
-        if name == "equal-time" and found.runs:
-            shared = read(results / "screen.json").runs
-            found = Results({arm: shared[arm] for arm in SHARED if arm in shared} | found.runs)
+        found = read(results, name)
         parts[name] = part(name, found)
         if found.runs and name != "tune":
             write_whole(results / f"{name}.svg", plot(found).encode())

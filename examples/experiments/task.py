@@ -198,7 +198,7 @@ def make(out: Path, *, scale: float = 1.0, say: Callable[[str], None] = print) -
     """Writes all folders and files that are not there yet.
 
     Args:
-        scale: of all numbers of steps; less than 1 is for tests, which get 64 prompts a file too.
+        scale: of all numbers of steps; less than 1 is for tests, which get few and short texts too.
     """
     teach = partial(_teach, scale=scale, say=say)
     form = forms(seed=2)
@@ -222,7 +222,9 @@ def make(out: Path, *, scale: float = 1.0, say: Callable[[str], None] = print) -
     teacher = load(out / "teacher")
     for name, rows in (("train", prompts()), ("held_out", held_out())):
         if not (out / f"{name}.jsonl").is_file():
-            _write_texts(teacher, rows if scale == 1 else rows[:64], out / f"{name}.jsonl")
+            some = rows if scale == 1 else rows[:64]
+            length = MAX_NEW_TOKENS if scale == 1 else MAX_NEW_TOKENS // 4
+            _write_texts(teacher, some, length, out / f"{name}.jsonl")
 
 
 def _new(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, **more: Any) -> LanguageModel:
@@ -253,7 +255,7 @@ def _save(model: LanguageModel, folder: Path) -> None:
     (folder / MADE).touch()  # last: without it the folder is made again
 
 
-def _write_texts(teacher: LanguageModel, rows: Sequence[Prompt], path: Path) -> None:
+def _write_texts(teacher: LanguageModel, rows: Sequence[Prompt], length: int, path: Path) -> None:
     """What the teacher writes at temperature 1, a prompts file."""
     lines = []
     for start in range(0, len(rows), 256):
@@ -261,7 +263,7 @@ def _write_texts(teacher: LanguageModel, rows: Sequence[Prompt], path: Path) -> 
         found = sample(
             teacher.decoder,
             [prompt_ids(teacher, p.prompt, plain=False) for p in some],
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=length,
             eos_ids=teacher.eos_ids,
             seed=list(range(start, start + len(some))),
         )
