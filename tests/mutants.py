@@ -1068,6 +1068,34 @@ MUTANTS = (
         "for share in shares):",
         "tests/test_hostile.py",
     ),
+    # the control without a teacher pushes likely tokens down
+    Mutant(
+        "examples/experiments/arms.py",
+        "logp_S.detach() < np.log(UNLIKELY)",
+        "logp_S.detach() > np.log(UNLIKELY)",
+        "tests/test_experiments.py",
+    ),
+    # learning rates are chosen on prompts that were trained on
+    Mutant(
+        "examples/experiments/screen.py",
+        "return train[:-n], train[-n:]",
+        "return train, train[-n:]",
+        "tests/test_experiments.py",
+    ),
+    # a random mask trains its own number of chunks
+    Mutant(
+        "examples/experiments/arms.py",
+        'mask = {"replay": changes["where"], **changes, "where": "random"}',
+        'mask = {"replay": "all", "where": "random"}',
+        "tests/test_experiments.py",
+    ),
+    # a tie counts as a win
+    Mutant(
+        "examples/experiments/table.py",
+        "        holds = low > 0\n",
+        "        holds = value >= 0\n",
+        "tests/test_experiments.py",
+    ),
 )
 
 
