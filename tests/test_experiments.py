@@ -183,7 +183,7 @@ def test_rivals_are_the_baselines(name: str, models: Path) -> None:
     pair.student.decoder.zero_grad()
     losses, sizes = zip(*(rival(name, pair, r) for r in rollouts), strict=True)
     mean = torch.stack(losses).sum() / sum(sizes)
-    assert done.loss == pytest.approx(float(mean), rel=1e-4, abs=1e-6)
+    assert done.loss == pytest.approx(mean.item(), rel=1e-4, abs=1e-6)
     mean.backward()
     other = torch.cat([p.grad.ravel() for p in pair.student.decoder.parameters()])
     torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
@@ -511,12 +511,12 @@ def test_the_page_is_made_between_markers(tmp_path: Path) -> None:
     runs.mkdir(parents=True)
     for arm, (run, *_) in made({**ENDS, "gold": 0.8}, seeds=1).runs.items():
         (runs / f"{arm}.seed0.json").write_text(json.dumps(run))
-    parts = "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in table.FOLDERS)
+    parts = "".join(f"<!-- {name} -->\nof before\n<!-- end -->\n" for name in table.FOLDERS)
     (tmp_path / "experiments.md").write_text(f"before\n{parts}after\n")
     table.main(["--runs", str(tmp_path / "runs"), "--docs", str(tmp_path)])
     first = (tmp_path / "experiments.md").read_text()
     assert first.startswith("before\n<!-- screen -->\n3 runs of 250 steps.")
-    assert first.endswith("<!-- end -->\nafter\n") and "old" not in first
+    assert first.endswith("<!-- end -->\nafter\n") and "of before" not in first
     assert (tmp_path / "results" / "screen.svg").read_text().count("<circle") == 3
     (tmp_path / "experiments.md").write_text(first)
     table.main(["--docs", str(tmp_path)])  # from docs/results alone

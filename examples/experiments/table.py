@@ -66,7 +66,7 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     p, zz = right / n, z * z / n
     middle = (p + zz / 2) / (1 + zz)
     reach = z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    return min(p, max(0.0, middle - reach)), max(p, min(1.0, middle + reach))
 
 
 @dataclass(frozen=True)
