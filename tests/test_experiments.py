@@ -187,7 +187,7 @@ def test_rivals_are_the_baselines(name: str, models: Path) -> None:
     mean.backward()
     other = torch.cat([p.grad.ravel() for p in pair.student.decoder.parameters()])
     torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
-    assert float(gradient.norm()) > 0
+    assert gradient.norm().item() > 0
 
 
 def test_trl_ships_with_teacher_text_and_a_cut_distribution(models: Path) -> None:
@@ -209,7 +209,7 @@ def test_fine_tuning_is_cross_entropy(models: Path) -> None:
     pair, rollouts, config = read("fine-tuned", models)
     done = arms.whole_pass(ARMS["fine-tuned"])(pair, rollouts, [], config)
     logps = [
-        float(logits_of(pair, r)[0].log_softmax(-1)[range(len(r.answer.ids)), r.answer.ids].sum())
+        logits_of(pair, r)[0].log_softmax(-1)[range(len(r.answer.ids)), r.answer.ids].sum().item()
         for r in rollouts
     ]
     tokens = sum(len(r.answer.ids) for r in rollouts)
@@ -220,13 +220,13 @@ def test_suppression_lowers_unlikely_tokens_and_reads_no_teacher() -> None:
     logits = torch.tensor([[2.0, 0.0, -3.0], [0.0, 0.0, 0.0]], requires_grad=True)
     rollout = SimpleNamespace(answer=SimpleNamespace(ids=[2]))
     loss = arms.suppress_loss(None)(rollout, logits, None)
-    assert float(loss) == pytest.approx(float(logits[0].log_softmax(-1)[2]))
+    assert loss.item() == pytest.approx(logits[0].log_softmax(-1)[2].item())
     loss.backward()
     assert logits.grad[0, 2] > 0 > logits.grad[0, 0]  # descent lowers the token that was sampled
     likely = arms.suppress_loss(None)(
         SimpleNamespace(answer=SimpleNamespace(ids=[0])), logits, None
     )
-    assert float(likely) == 0
+    assert likely.item() == 0
 
 
 def test_parts_are_left_out_and_nothing_else(models: Path) -> None:
