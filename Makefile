@@ -1,6 +1,6 @@
 # Every target runs in the active virtual environment, except `all`, which makes its own.
 PYTHON ?= python
-.PHONY: setup format check test cov examples bench bench-align bench-loss bench-growth size mutants nightly all
+.PHONY: setup format check test cov examples bench bench-align bench-loss bench-growth size fuzz mutants nightly all
 
 setup:     ## what the other targets need
 	$(PYTHON) -m pip install -c tests/constraints.txt -e ".[test]"
@@ -41,11 +41,15 @@ bench-growth: ## time and memory as a run grows, beside the model of both: ten m
 size:      ## code lines of each module, without blank lines and comments
 	@for f in minigold/*.py; do printf '%5d %s\n' "$$(grep -cvE '^\s*(#.*)?$$' $$f)" "$$f"; done | sort -n
 
+fuzz:      ## spoiled files for every loader: half an hour
+	$(PYTHON) tests/fuzz_loaders.py --inputs 100000
+
 mutants:   ## break the code on purpose: the tests must notice
 	$(PYTHON) tests/mutants.py
 
 nightly:   ## everything, with real models and 5,000 examples a property
 	HYPOTHESIS_PROFILE=nightly $(PYTHON) -m pytest -m "" --cov
+	$(MAKE) fuzz
 	$(MAKE) mutants
 
 all:       ## what continuous integration runs, in a new virtual environment

@@ -14,7 +14,7 @@ Read the files in the order of the data; each imports only from files above it:
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
-    config, data, chat, rope, families, weights, load    the edges of the loop
+    config, config_file, data, sandbox, chat, rope, families, weights, lora, load    the edges of the loop
     tiers, wire, http_teacher    how much a teacher says; one that another process serves
     pair, batch, rollout    both sides of an answer
     score       completions -> a file of what the teacher says, which is a teacher too
@@ -30,7 +30,8 @@ Read the files in the order of the data; each imports only from files above it:
     compare     two tokenizers and a text -> how their tokens line up
     picture, markup, page    the same, drawn for a terminal and for a browser
     history, chart, report    the folder of a run -> a page with its curves and samples
-    demo, cli_align, cli_teacher, cli_models, stop, cli    the demo and the command line
+    log_to      the numbers of steps -> curves elsewhere
+    demo, cli_align, cli_teacher, cli_models, stop, progress, cli    the demo and the command line
 
 Tensors end in their dimension letters: `student_logits_NV` has rank 2, N first, V second.
 
@@ -69,11 +70,10 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss",
-    "config", "data", "chat", "rope", "families", "weights", "load", "tiers", "wire",
-    "http_teacher", "pair", "batch", "rollout", "score", "masked", "metrics",
-    "generate", "evaluate", "watch", "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup",
-    "page", "history", "chart", "report", "demo_task", "demo", "cli_align", "cli_teacher", "cli_models", "stop",
-    "cli",
+    "config", "config_file", "data", "sandbox", "chat", "rope", "families", "weights", "lora", "load", "tiers", "wire",
+    "http_teacher", "pair", "batch", "rollout", "score", "masked", "metrics", "generate", "evaluate", "watch",
+    "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup", "page", "history", "chart", "report",
+    "log_to", "demo_task", "demo", "cli_align", "cli_teacher", "cli_models", "stop", "progress", "cli",
 )  # fmt: skip
 NAMES = {"Config": "train", "distill": "train"}
 

@@ -9,12 +9,13 @@ or none. Tools and documents are not passed to templates.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
+
+from minigold.sandbox import compiled
 
 __all__ = ["Message", "prompt_ids", "render"]
 
@@ -62,12 +63,12 @@ def render(
     >>> render(turns, [{"role": "user", "content": "Hi"}], bos_token="", eos_token="")
     'user: Hi\n'
     """
-    _jinja2()
+    _check_jinja2()
     if not messages:
         raise ValueError("expected at least one message for the chat template, got none; add one")
     chat = [_with_reasoning(_plain(message)) for message in messages]
     try:
-        text: str = _compiled(template).render(
+        text: str = _compiled(template)(
             messages=chat,
             tools=None,
             documents=None,
@@ -75,7 +76,7 @@ def render(
             **{k: v for k, v in (("bos_token", bos_token), ("eos_token", eos_token)) if v},
         )
     except Exception as error:  # a template is code: it can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error)[:300].split()) or type(error).__name__
         raise ValueError(
             f"expected messages that the chat template can render, got {reason!r} from it; change "
             "the messages, or use --plain-prompt"
@@ -166,10 +167,9 @@ def _plain(message: Mapping[str, Any]) -> Message:
     return plain
 
 
-def _jinja2() -> Any:
+def _check_jinja2() -> None:
     try:
-        import jinja2.ext
-        import jinja2.sandbox
+        import jinja2
     except ImportError as error:
         raise ValueError(
             "expected jinja2 for chat templates, it is not installed; run: pip install jinja2, "
@@ -180,57 +180,8 @@ def _jinja2() -> Any:
             "expected jinja2 3.1.6 or later, as older sandboxes leak, got "
             f"{jinja2.__version__}; run: pip install -U jinja2"
         )
-    return jinja2
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    jinja2 = _jinja2()
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_generation_tag(jinja2), jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["dict"] = _new_dict
-    environment.globals["raise_exception"] = _raiser(jinja2)
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
-
-
-def _generation_tag(jinja2: Any) -> Any:
-    """`{% generation %} … {% endgeneration %}`: marks answers for training; it writes nothing."""
-
-    def parse(_self: Any, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-    return type("Generation", (jinja2.ext.Extension,), {"tags": {"generation"}, "parse": parse})
-
-
-def _raiser(jinja2: Any) -> Any:
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    return raise_exception
-
-
-def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)  # the class itself would let templates change the messages
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)  # noqa: DTZ005 (local time, as `transformers` does)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _compiled(template: str) -> Callable[..., str]:
+    return compiled(template)

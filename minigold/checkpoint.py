@@ -4,7 +4,8 @@
     config.json                      settings, models, a hash of the prompts, versions
     metrics.jsonl, samples.jsonl     a line a step, a line an answer
     eval.jsonl                       a line an evaluation, if there are any
-    checkpoints/step-N/              the student as a Hugging Face folder, and beside it
+    checkpoints/step-N/              the student as a Hugging Face folder (its adapter alone, where
+                                     that is trained), and beside it
         optimizer.safetensors        AdamW's moments and step counts, by the parameters' names
         checkpoint.json              the step, how long the logs were, size and hash of each file
     failed/step-N.json               a batch whose numbers were not finite
@@ -23,9 +24,10 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +40,11 @@ from torch import Tensor
 
 import minigold
 from minigold import metrics as measured
-from minigold.config import Config, option_name
-from minigold.data import Prompt, parse_object
+from minigold.config import BEST_BY, Config, option_name
+from minigold.data import Prompt, own_file, parse_object, read_object
 from minigold.evaluate import best_of
 from minigold.load import LanguageModel
+from minigold.lora import SETTINGS, TENSORS, adapter_of, load_adapter, save_adapter
 from minigold.pair import Pair
 from minigold.weights import load_decoder, save_decoder
 
@@ -53,7 +56,17 @@ __all__ = ["Run", "check_out", "open_run", "read_evals"]
 log = logging.getLogger("minigold")
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 MANIFEST, OPTIMIZER, PART = "checkpoint.json", "optimizer.safetensors", ".part"
+FOLDERS = ("checkpoints", "failed", "final")
 FORMAT = 1
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+READ = (
+    {"config.json", "model.safetensors"},
+    {SETTINGS, TENSORS},
+)  # what a run goes on from, one of both
+BACK = "put the file back as the run wrote it"
+WATCHED = (  # numbers that a run goes on from
+    "loss", "grad_norm", "repetition", "eos_rate", "completion_tokens", "shared_mass_student",
+)  # fmt: skip
 FREE = ("log_every", "save_every", "keep", "patience", "python")  # may differ on resume
 
 
@@ -101,7 +114,7 @@ class Run:
             for name in logs:
                 _flush(self.out / name)
             with _whole_folder(folder) as part:
-                save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
+                _save_student(self.pair.student, part)
                 save_file(moments(self.pair.student.decoder, self.optimizer), part / OPTIMIZER)
                 manifest = {
                     "format": FORMAT,
@@ -124,7 +137,7 @@ class Run:
         """Writes final/, unless the run was finished before."""
         if not (self.out / "final").is_dir():
             with self._writing(), _whole_folder(self.out / "final") as part:
-                save_decoder(self.pair.student.decoder, part, source=self.pair.student.folder)
+                _save_student(self.pair.student, part)
 
     def kept(self) -> str:
         """What there is to go on from, in words."""
@@ -145,7 +158,7 @@ def check_out(out: Path, *, resume: bool = False) -> None:
     """Refuses a folder that a run cannot begin in or, with `resume`, go on in.
 
     Raises:
-        ValueError: it holds something else, or can be no folder.
+        ValueError: it holds something else, links for instance, or can be no folder.
     """
     begun = (out / "config.json").is_file()
     if out.exists() and not out.is_dir():
@@ -160,6 +173,16 @@ def check_out(out: Path, *, resume: bool = False) -> None:
         raise ValueError(
             f"expected --out to be a run's folder, or a new or empty one, got {out}, which has no "
             "config.json; name another"
+        )
+    own = chain(out.glob("*"), (p for part in FOLDERS for p in (out / part).rglob("*")))
+    foreign = (
+        p for p in own
+        if p.is_symlink() or not (p.is_file() or (p.is_dir() and p.suffix in ("", PART)))
+    )  # fmt: skip
+    if resume and (one := next(foreign, None)):
+        raise ValueError(
+            f"expected --out to hold what a run writes, got {one}, which is no plain file or folder; put "
+            "back what was there"
         )
     if held and not resume:
         remedy = "add --resume to go on with the run in it" if begun else "name another"
@@ -192,7 +215,7 @@ def open_run(
     settings, path = settings_of(pair, prompts, config, eval_prompts), out / "config.json"
     begun = path.is_file()
     if begun:
-        _check_same(_object(path.read_bytes(), path), settings, out)
+        _check_same(read_object(path, remedy=BACK), settings, out)
     out.mkdir(parents=True, exist_ok=True)
     for part in (*out.glob(f".*{PART}"), *out.glob(f"*/.*{PART}")):
         _remove(part)
@@ -244,12 +267,24 @@ def set_moments(
 ) -> None:
     """Puts back what `moments` gave."""
     by_name: dict[str, dict[str, Tensor]] = {}
+    shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     for known, value in stored.items():
         key, _, name = known.partition(".")
+        shape = torch.Size() if key == "step" else shapes.get(name)
+        if key not in MOMENTS or name not in shapes or value.shape != shape:
+            raise ValueError(
+                f"expected {', '.join(MOMENTS)} of each parameter in {OPTIMIZER}, got {known[:200]} "
+                f"of shape {list(value.shape)}; {BACK}"
+            )
         by_name.setdefault(name, {})[key] = value.clone()
     names = {parameter: name for name, parameter in decoder.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: by_name.get(names[p]) for i, p in enumerate(parameters)}
+    partly = [names[parameters[i]] for i, own in state.items() if own and len(own) < len(MOMENTS)]
+    if partly:
+        raise ValueError(
+            f"expected {', '.join(MOMENTS)} of {partly[0]} in {OPTIMIZER}, got some; {BACK}"
+        )
     whole = optimizer.state_dict() | {"state": {i: own for i, own in state.items() if own}}
     optimizer.load_state_dict(whole)  # it moves each value to where this optimizer wants it
 
@@ -267,17 +302,25 @@ def check_whole(folder: Path) -> dict[str, Any]:
         ValueError: a file is missing or not what was written, or a log is shorter than it was.
     """
     try:
-        manifest = _object((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-        if (manifest["format"], manifest["step"]) != (FORMAT, _number(folder)):
+        manifest = read_object(own_file(folder, MANIFEST), remedy=BACK)
+        known = manifest["format"], manifest["step"]
+        if bool in map(type, known) or known != (FORMAT, _number(folder)):
             raise ValueError(
                 f"expected format {FORMAT} of {folder.name} in {MANIFEST}, got another"
             )
-        for name, written in manifest["files"].items():
+        files, logs = manifest["files"].items(), manifest["logs"].items()
+        kept = {*manifest["logs"]}
+        whole = any({OPTIMIZER, *some}.issubset(manifest["files"]) for some in READ)
+        if not whole or not {*LOGS[:2]} <= kept <= {*LOGS}:
+            raise ValueError(f"expected {MANIFEST} to name each file, got others")
+        for name, written in files:
+            if Path(name).name != name or not own_file(folder, name).is_file():
+                raise ValueError(f"{name[:200]} is missing")
             if _described(folder / name) != written:
                 raise ValueError(f"{name} is not what was written")
-        for name, size in manifest["logs"].items():
+        for name, size in logs:
             log_file = folder.parent.parent / name
-            if log_file.stat().st_size < size:
+            if type(size) is not int or not 0 <= size <= log_file.stat().st_size:
                 raise ValueError(f"{name} ends before this step")
     except FileNotFoundError as error:
         raise ValueError(f"{Path(error.filename).name} is missing") from error
@@ -300,7 +343,10 @@ def _restore(run: Run, steps: int) -> None:
     run.evals = read_evals(run.out, n_bytes=sizes[LOGS[2]])
     if run.last:
         _load_student(run.pair.student, run.last)
-        stored = load_file(run.last / OPTIMIZER)
+        try:
+            stored = load_file(run.last / OPTIMIZER)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"expected tensors in {run.last / OPTIMIZER}, got {error}") from error
         set_moments(run.pair.student.decoder, run.optimizer, stored)
     for name, size in sizes.items():
         if (run.out / name).exists():
@@ -333,7 +379,7 @@ def _newest_whole(run: Run) -> dict[str, Any] | None:
 
 def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Refuses to go on with other settings, each one named."""
-    if "prompts_sha256" not in was:
+    if "prompts_sha256" not in was or type(was.get("versions")) is not dict:
         raise ValueError(
             f"expected --out to be a run's folder, got {out}, whose config.json is not that of a run "
             "which can go on; name another"
@@ -348,11 +394,11 @@ def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
         old, new = (one.get(name) for one in flat)
         if old != new and name not in ("versions", *FREE):
             told = option_name(name.removesuffix("_sha256")) if name in options else name
-            other.append(f"{told} ({old} then, {new} now)")
+            other.append(f"{told[:80]} ({str(old)[:200]} then, {str(new)[:200]} now)")
     if other:
         raise ValueError(
             f"expected the settings that the run in {out} began with, got another "
-            f"{', '.join(other)}; give the old ones, or start a new run in another --out (with a "
+            f"{', '.join(other[:20])}; give the old ones, or start a new run in another --out (with a "
             "checkpoint's folder as --student to keep its weights)"
         )
 
@@ -360,7 +406,8 @@ def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
 def _read_history(out: Path, *, steps: int, n_bytes: int | None = None) -> list[dict[str, Any]]:
     path = out / LOGS[0]
     rows = _rows(path, n_bytes)
-    if [row.get("step") for row in rows] != list(range(1, steps + 1)):
+    strange = not _plain(rows, WATCHED)
+    if strange or [row.get("step") for row in rows] != list(range(1, steps + 1)):
         raise ValueError(
             f"expected the lines of steps 1 to {steps} in {path}, got {len(rows)} others; put the "
             "file back as the run wrote it"
@@ -372,9 +419,19 @@ def read_evals(out: Path, *, n_bytes: int | None = None) -> list[dict[str, Any]]
     """The evaluations of a run, in order.
 
     Raises:
-        ValueError: a line of eval.jsonl that is no object.
+        ValueError: a line of eval.jsonl that is no evaluation.
     """
-    return _rows(out / LOGS[2], n_bytes)
+    path = out / LOGS[2]
+    rows = _rows(path, n_bytes)
+    if not _plain(rows, BEST_BY) or any(type(row.get("step")) is not int for row in rows):
+        raise ValueError(f"expected evaluations in {path}, got other objects; {BACK}")
+    return rows
+
+
+def _plain(rows: Sequence[dict[str, Any]], keys: Iterable[str]) -> bool:
+    """Whether all rows have numbers under the keys, or null, and none that is absurd."""
+    values = [row.get(key, "none") for row in rows for key in keys]
+    return all(type(x) in (int, float, type(None)) and abs(x or 0) <= 1e30 for x in values)
 
 
 def _rows(path: Path, n_bytes: int | None) -> list[dict[str, Any]]:
@@ -382,9 +439,24 @@ def _rows(path: Path, n_bytes: int | None) -> list[dict[str, Any]]:
     return [_object(line, path) for line in lines if line]
 
 
+def _save_student(student: LanguageModel, folder: Path) -> None:
+    """As a model or, where an adapter is trained, as that alone."""
+    decoder, source = student.decoder, student.folder
+    name, place = student.base or (student.name, student.folder)
+    if adapter_of(decoder):
+        save_adapter(decoder, folder, source=source, base=name, base_folder=place)
+    else:
+        save_decoder(decoder, folder, source=source, base=place)
+
+
 def _load_student(student: LanguageModel, folder: Path) -> None:
     decoder = student.decoder
+    if adapter_of(decoder):
+        load_adapter(decoder, folder)
+        return
     stored = load_decoder(folder, device=decoder.device, dtype=decoder.dtype)
+    if stored.config != decoder.config:
+        raise ValueError(f"expected the student's shape in {folder}, got another; {BACK}")
     decoder.load_state_dict(stored.state_dict())
 
 

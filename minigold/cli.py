@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,12 +19,15 @@ from minigold import cli_align, cli_models
 from minigold.checkpoint import check_out, read_evals
 from minigold.cli_models import find_device, find_dtype
 from minigold.cli_teacher import open_teacher, teacher_options
-from minigold.config import BEST_BY, NOT_BUILT, Config, option_name
+from minigold.config import BEST_BY, Config, option_name
+from minigold.config_file import KINDS, written_out
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
 from minigold.evaluate import best_of
 from minigold.http_teacher import is_address
 from minigold.load import load
+from minigold.log_to import LOGS, check_logs, log_to
+from minigold.progress import SHOWN, check_bar, progress_bar
 from minigold.report import write_report
 from minigold.stop import asked_to_stop
 from minigold.tiers import check_tier
@@ -54,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        _refuse_unbuilt(args)
-        chosen = _parser().parse_args(args)
+        chosen = _parser().parse_args(written_out(args))
         chosen.run(chosen)
         sys.stdout.flush()  # here, where a reader that has gone is expected
     except SystemExit as end:
@@ -73,13 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.removeHandler(handler)
         log.setLevel(level)
     return 0
-
-
-def _refuse_unbuilt(args: Sequence[str]) -> None:
-    for arg in args if args[:1] == ["train"] else ():
-        name = arg.partition("=")[0]
-        if name in NOT_BUILT:
-            raise ValueError(f"{name} is not built yet ({NOT_BUILT[name]}); leave it out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +114,10 @@ def _train_options(commands: Any) -> None:
         "before, during and after the run (default: none)"))  # fmt: skip
     train.add_argument("--out", required=True, type=Path,
                        help="new or empty folder of the run (required)")  # fmt: skip
+    train.add_argument("--config", metavar="RUN.toml", help=(
+        "TOML file with any of these options, `lr = 1e-4` or `student_plain = true`; what stands on the "
+        "command line wins, where `no-` before its name turns a switch off; paths are relative to the "
+        "file (default: none)"))  # fmt: skip
     train.add_argument("--resume", action="store_true", help=(
         "go on with the run in --out from its last whole checkpoint, as if it had not stopped; a new "
         "or empty folder begins a run, a finished one stays as it is (default False)"))  # fmt: skip
@@ -130,12 +130,20 @@ def _train_options(commands: Any) -> None:
         "time), and stop: no weight is read, nothing is written (default False)"))  # fmt: skip
     train.add_argument("--plain-prompt", action="store_true",
                        help="both sides without a template (default False)")  # fmt: skip
+    train.add_argument("--log-to", metavar="LIST", help=(
+        f"{', '.join(LOGS)}, or several with commas: curves of every number there, beside "
+        "metrics.jsonl (default: none)"))  # fmt: skip
+    train.add_argument("--progress", default="lines", choices=SHOWN,
+                       help="on the terminal: a line a step, or a bar (default lines)")  # fmt: skip
     for f in fields(Config):
         kind: dict[str, Any] = {"type": type(f.default), "metavar": type(f.default).__name__}
         if isinstance(f.default, bool):
             kind = {"action": "store_true"}
         text = f"{f.metadata['help']} (default {f.default})".replace("%", "%%")
         train.add_argument(option_name(f.name), default=f.default, help=text, **kind)
+    for name in (name for name, kind in KINDS.items() if kind is bool):
+        train.add_argument(f"--no-{option_name(name)[2:]}", dest=name, action="store_false",
+                           default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
     train.set_defaults(run=_train)
 
 
@@ -163,13 +171,14 @@ def _train(args: argparse.Namespace) -> None:
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     check_out(args.out, resume=args.resume)
     dtype = find_dtype(args.dtype, device)
-    elsewhere = is_address(args.teacher) or args.teacher.endswith(".safetensors")
-    if args.dry_run and elsewhere:
-        raise ValueError(
-            f"expected a folder or hub name as --teacher with --dry-run, got {args.teacher!r}: what "
-            "it needs is not known here; give the model's own folder for the figures"
-        )
+    logs = () if args.log_to is None else check_logs(args.log_to)
+    shown = _progress(args.progress, config)
     if args.dry_run:
+        if is_address(args.teacher) or args.teacher.endswith(".safetensors"):
+            raise ValueError(
+                f"expected a folder or hub name as --teacher with --dry-run, got {args.teacher!r}: "
+                "what it needs is not known here; give the model's own folder for the figures"
+            )
         pair = load(args.student, device="meta"), load(args.teacher, device="meta", dtype=dtype)
         found = estimate(
             *pair, prompts, config, device=device, dtype=dtype, eval_prompts=eval_prompts
@@ -179,15 +188,19 @@ def _train(args: argparse.Namespace) -> None:
     teacher = open_teacher(args, device=device, dtype=dtype)
     check_tier(teacher, config)
     student = load(args.student, device=device)
+    with asked_to_stop() as stop, log_to(logs, args.out) as add, shown as show:
 
-    def show(step: Step) -> None:
-        if step.metrics["step"] % config.log_every == 0:
-            log.info(step_line(step.metrics, config.steps))
+        def on_step(step: Step) -> None:
+            add(step.metrics)
+            show(step.metrics)
 
-    with asked_to_stop() as stop:
+        def on_eval(row: dict[str, Any]) -> None:
+            add({"step": row["step"], "eval": row})
+            log.info(eval_line(row))
+
         history = distill(
             student, teacher, prompts, config, eval_prompts=eval_prompts, out=args.out,
-            resume=args.resume, on_step=show, on_eval=lambda row: log.info(eval_line(row)), stop=stop,
+            resume=args.resume, on_step=on_step, on_eval=on_eval, stop=stop,
         )  # fmt: skip
     if len(history) < config.steps:
         log.warning(
@@ -204,6 +217,29 @@ def _train(args: argparse.Namespace) -> None:
         )  # fmt: skip
     found = {"best_step": best["step"]} if best else {}
     print(json.dumps({"out": str(args.out), **found, **history[-1]}))
+
+
+def _progress(
+    kind: str, config: Config
+) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """What shows each step."""
+    if kind == "lines":
+        return _lines(config)
+    check_bar()
+    if config.log_every != Config.log_every:
+        raise ValueError("expected --log-every with --progress lines only; leave one of them out")
+    return progress_bar(config.steps)
+
+
+@contextmanager
+def _lines(config: Config) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What says a line a step."""
+
+    def show(metrics: dict[str, Any]) -> None:
+        if metrics["step"] % config.log_every == 0:
+            log.info(step_line(metrics, config.steps))
+
+    yield show
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -25,11 +25,12 @@ from minigold.cli_teacher import (
     teacher_options,
 )
 from minigold.config import Config
-from minigold.data import Prompt, read_prompts
+from minigold.data import Prompt, own_file, read_prompts
 from minigold.evaluate import evaluate, told
 from minigold.events import CHUNK
 from minigold.generate import Utterance, stream, write
 from minigold.load import LanguageModel, load
+from minigold.lora import SETTINGS
 from minigold.pair import make_pair
 from minigold.rollout import DRAW, seeds_of
 from minigold.score import KeptTeacher
@@ -290,13 +291,14 @@ def find_model(name: str) -> str | Path:
         return name
     found = [path for path in run.glob("checkpoints/step-*") if path.name[5:].isdecimal()]
     newest = max(found, key=lambda path: int(path.name[5:]), default=None)
-    chosen = run / "final" if (run / "final" / "config.json").is_file() else newest
+    files = (run / "final" / name for name in ("config.json", SETTINGS))
+    chosen = run / "final" if any(path.is_file() for path in files) else newest
     if chosen is None:
         raise FileNotFoundError(
             f"expected final/ or a checkpoint in the run {run}, found neither; let it train on"
         )
     log.info("%s: the model is %s", run, chosen.relative_to(run))
-    return chosen
+    return own_file(run, str(chosen.relative_to(run)))
 
 
 def find_device(name: str) -> torch.device:

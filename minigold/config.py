@@ -9,12 +9,9 @@ from typing import Any
 
 from minigold.disagree import KNOWN_BEFORE, WHERE
 from minigold.events import CHUNK, EVENTS
+from minigold.model import MATRICES
 
-__all__ = ["BEST_BY", "NOT_BUILT", "Config", "option_name"]
-
-NOT_BUILT = {  # options and values of the design that this version does not have yet
-    "--config": "TOML configuration files",
-}
+__all__ = ["BEST_BY", "Config", "option_name"]
 
 BEST_BY = {  # figures of an evaluation, and whether more of it is better
     "reverse_kl_per_byte": False, "forward_kl": False, "bits_per_byte_student": False,
@@ -56,6 +53,13 @@ class Config:
     warmup: int = _opt(10, "steps to the peak; after it a cosine to a tenth")
     weight_decay: float = _opt(0.0, "of AdamW")
     clip: float = _opt(1.0, "largest gradient norm; 0 is off")
+    lora_rank: int = _opt(0, "of the adapter that is trained instead of the weights; 0 trains them")
+    lora_alpha: float = _opt(16.0, "the adapter's scale is this divided by its rank")
+    lora_targets: str = _opt("all", "layers with an adapter, or some of " + ",".join(MATRICES))
+    gradient_checkpointing: bool = _opt(
+        False,
+        "training keeps each layer's input alone and runs layers twice: less memory, more time",
+    )
     student_plain: bool = _opt(False, "the student reads the prompt as it is, without a template")
     teacher_plain: bool = _opt(False, "the teacher reads the prompt as it is, without a template")
     seed: int = _opt(0, "of data order, sampling and masks")
@@ -86,13 +90,13 @@ class Config:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in (
             "top_k", "warmup", "weight_decay", "clip", "seed", "temperature", "save_every",
-            "eval_every",
+            "eval_every", "lora_rank",
         ):  # fmt: skip
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("beta", "max_overhang", "threshold", "fraction", "lmbda"):
             self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        for name in ("lr", "student_temperature", "teacher_temperature"):
+        for name in ("lr", "student_temperature", "teacher_temperature", "lora_alpha"):
             self._require(name, getattr(self, name) > 0, "above 0")
         for f in fields(self):
             if isinstance(f.default, float):
@@ -105,17 +109,22 @@ class Config:
             ("best_by", (*BEST_BY,)),
         ):
             self._require(name, getattr(self, name) in values, "one of " + ", ".join(values))
-        if self.events == CHUNK:
-            self._require(
-                "where",
-                not self.picks,
-                f"other with --events {CHUNK}, which has no distributions to rank by",
-            )
+        self._require(
+            "where",
+            not (self.picks and self.events == CHUNK),
+            f"other with --events {CHUNK}, which has no distributions to rank by",
+        )
         self._require_use("replay", self.where == "random", "--where random")
         self._require_use("threshold", self.mask == "reject", "the mask reject")
         self._require_use(
             "fraction", self.mask not in KNOWN_BEFORE, "the masks divergence and soft-or"
         )
+        for name in ("lora_alpha", "lora_targets"):
+            self._require_use(name, self.lora_rank > 0, "--lora-rank above 0")
+        named = self.lora_targets.split(",")
+        known = set(named) <= set(MATRICES) and len(set(named)) == len(named)
+        expected = "all, or a list out of " + ",".join(MATRICES) + " without spaces"
+        self._require("lora_targets", self.lora_targets == "all" or known, expected)
 
     def _require_use(self, name: str, used: bool, where: str) -> None:
         at_default = getattr(self, name) == getattr(type(self), name)
@@ -130,6 +139,12 @@ class Config:
     def mask(self) -> str:
         """The mask whose chunks, or number of chunks, are trained."""
         return self.replay if self.where == "random" else self.where
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The layers with an adapter, in the order of `MATRICES`; none without one."""
+        named = MATRICES if self.lora_targets == "all" else self.lora_targets.split(",")
+        return tuple(name for name in MATRICES if name in named and self.lora_rank)
 
     @property
     def picks(self) -> bool:

@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Message", "Prompt", "check_target", "parse_object", "read_prompts", "write_whole"]
+__all__ = [
+    "Message", "Prompt", "check_target", "own_file", "parse_object", "read_object", "read_prompts",
+    "short", "write_whole",
+]  # fmt: skip
 
 Message = dict[str, Any]
+LARGEST = 2**24  # bytes of a JSON object
+DEEPEST = 100  # levels of it
 COLUMNS = ("prompt", "messages", "completion", "finished", "teacher_prompt", "answer")
 RESERVED = (  # what samples.jsonl has beside the columns of the prompt
     "step", "line", "on_policy", "student_ids", "teacher_ids", "chunks", "acceptance", "trained",
     "student_spans", "teacher_best",
 )  # fmt: skip
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Prompt:
         if taken:
             raise ValueError(
                 "expected extra columns with names that samples.jsonl does not use itself, got "
-                f"{taken[0]!r}; rename it"
+                f"{short(taken[0])}; rename it"
             )
 
 
@@ -77,12 +85,13 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of JSON lines, found no {path}; check the path")
     prompts = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if raw.strip():
-            try:
-                prompts.append(_prompt(parse_object(raw), number))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                try:
+                    prompts.append(_prompt(parse_object(raw.removesuffix(b"\n")), number))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
     if not prompts:
         raise ValueError(
             f'expected prompts in {path}, got none; add lines such as {{"prompt": "…"}}'
@@ -90,21 +99,29 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def parse_object(raw: bytes, *, like: str = '{"prompt": "…"}') -> dict[str, Any]:
-    """The JSON object of a line: each key once, no NaN or infinity, no half of a surrogate pair.
+def parse_object(
+    raw: bytes, *, like: str = '{"prompt": "…"}', remedy: str = "write one object a line"
+) -> dict[str, Any]:
+    """The JSON object in a line or file, strictly: no value in it is changed or lost.
+
+    It has each key once, no NaN or infinity, no half of a surrogate pair, at most `LARGEST` bytes
+    and `DEEPEST` levels.
 
     Args:
         like: an example for the message.
+        remedy: what to do where it is no JSON.
 
     Raises:
         ValueError: it is no such object.
     """
+    if len(raw) > LARGEST:
+        raise ValueError(f"expected an object of at most {LARGEST:,} bytes, got more; shorten it")
     if raw.startswith(b"\xef\xbb\xbf"):
         raise ValueError("expected JSON, got a byte order mark; save the file as UTF-8 without BOM")
     try:
         value = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant,
-            parse_float=_number, parse_int=_number,
+            parse_float=_float, parse_int=_whole,
         )  # fmt: skip
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -117,15 +134,63 @@ def parse_object(raw: bytes, *, like: str = '{"prompt": "…"}') -> dict[str, An
             "expected text, got half of a surrogate pair; write the character itself or both halves"
         ) from error
     except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(
-            f"expected one JSON object, got {error.msg} at column {error.colno}; write one object "
-            "a line"
+            f"expected one JSON object, got {error.msg} at {line}column {error.colno}; {remedy}"
         ) from error
     except RecursionError as error:
         raise ValueError("expected one JSON object, got deep nesting; flatten it") from error
     if type(value) is not dict:
         raise ValueError(f"expected an object such as {like}, got {_kind(value)}")
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [x for one in inner for x in one if isinstance(x, dict | list)]
+    if level:
+        raise ValueError(f"expected at most {DEEPEST} levels, got deep nesting; flatten it")
     return value
+
+
+def read_object(path: Path, *, remedy: str = "download it again") -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: see `parse_object`; the file is named.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        raw = file.read(LARGEST + 1)
+    try:
+        return parse_object(raw, like='{"key": "value"}', remedy=remedy)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """The path of what a folder has under a name, whether or not it is there.
+
+    A link may lead to another file of the folder or, in the cache of `huggingface_hub`, to its
+    blobs. Who gives us a folder must not have us read, copy or change what is ours.
+
+    Raises:
+        ValueError: it lies elsewhere.
+    """
+    try:
+        home, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a character NUL
+        raise ValueError(f"expected a file in {folder}, got {name[:80]!r} ({error})") from error
+    cached = [one.parents for one in (home, *home.parents) if one.name == "snapshots"]
+    homes = [home, *(root / "blobs" for roots in cached for root in roots[:2])]
+    if not any(target.is_relative_to(one) for one in homes):
+        raise ValueError(
+            f"expected {name[:80]!r} to lie in {folder}, got {target}; put the file itself there"
+        )
+    return folder / name
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it, cut in the middle of what is long."""
+    return _SHORT.repr(value)
 
 
 def check_target(path: Path) -> None:
@@ -158,18 +223,23 @@ def write_whole(path: Path, data: bytes) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"expected each key once, got {twice!r} twice; remove one")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"expected each key once, got {short(twice)} twice; remove one")
     return found
 
 
-def _number(text: str) -> int | float:
-    """A number of JSON; by itself `json` makes infinity of 1e999."""
+def _float(text: str) -> float:
     value = float(text)
-    if math.isinf(value):
+    if math.isinf(value):  # `json` makes that of 1e999
         raise ValueError(f"expected numbers below 1.8e308, got {text[:20]}…; write it as text")
-    return value if set(text) & set(".eE") else int(text)
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 300:
+        _float(text)
+    return int(text)
 
 
 def _refuse_constant(name: str) -> None:
@@ -236,7 +306,7 @@ def _split(messages: list[Message]) -> tuple[list[Message], str | None]:
     more = [k for k, v in messages[-1].items() if k not in ("role", "content") and v is not None]
     if more:
         raise ValueError(
-            f"expected role and content alone in the last assistant turn, got {more[0]!r} too, which "
+            f"expected role and content alone in the last assistant turn, got {short(more[0])} too, which "
             "would be lost; put the whole answer into content"
         )
     return messages[:-1], last

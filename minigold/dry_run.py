@@ -21,7 +21,7 @@ from minigold.cost import Rates, Sizes
 from minigold.data import Message, Prompt
 from minigold.load import LanguageModel
 from minigold.pair import Pair, make_pair
-from minigold.train import check_eval_prompts, check_prompts
+from minigold.train import check_adapter, check_eval_prompts, check_prompts
 
 __all__ = ["estimate", "measure_rates", "sizes_of", "told"]
 
@@ -49,6 +49,7 @@ def estimate(
     Raises:
         ValueError: as `train.distill`.
     """
+    check_adapter(student, config)
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
     check_eval_prompts(eval_prompts, pair, config)
@@ -63,6 +64,7 @@ def estimate(
     }
     return {
         "student_parameters": cost.parameters(sizes.student),
+        "trained_parameters": sizes.trained,
         "teacher_parameters": cost.parameters(sizes.teacher),
         "teacher_dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
@@ -117,6 +119,9 @@ def sizes_of(
         teacher_completion=t_new,
         chunks=rows * min(new, t_new),
         head_rows=rows * new,
+        lora_rank=config.lora_rank,
+        lora_targets=config.adapted,
+        checkpointing=config.gradient_checkpointing,
         nucleus=config.top_p < 1,
         cuda=device.type == "cuda",
         teacher_bytes=dtype.itemsize,
@@ -169,7 +174,7 @@ def told(figures: dict[str, Any]) -> str:
     f, parts = figures, sorted(figures["peak_parts_gib"].items(), key=lambda item: -item[1])
     parts = [*parts[:PARTS_SHOWN], ("the rest", sum(size for _, size in parts[PARTS_SHOWN:]))]
     lines = [
-        f"student      {f['student_parameters']:,} parameters, float32",
+        f"student      {f['student_parameters']:,} parameters, float32, {f['trained_parameters']:,} trained",
         f"teacher      {f['teacher_parameters']:,} parameters, {f['teacher_dtype']}",
         f"prompts      {f['prompts']:,}, {f['prompt_tokens']:,} tokens, the longest {f['longest_prompt']:,}",
         (

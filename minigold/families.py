@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from minigold import rope
+from minigold.data import short
 from minigold.model import ModelConfig
 
 __all__ = ["FAMILIES", "flat", "model_config"]
@@ -34,6 +35,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave out, as 
                     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
                     "vocab_size": 262208, "tie_word_embeddings": True, "sliding_window": 4096,
                     "query_pre_attn_scalar": 256, "rope_theta": 1e6},
+}  # fmt: skip
+LARGEST = {  # sizes that take up memory or time before any weight is looked at
+    "num_hidden_layers": 2**10, "num_attention_heads": 2**14, "num_key_value_heads": 2**14,
+    "head_dim": 2**14, "hidden_size": 2**24, "intermediate_size": 2**24, "vocab_size": 2**24,
 }  # fmt: skip
 REFUSED = {  # what only works when it is off, and what to do where it is on
     "quantization_config": "dequantize the weights to a float type first",
@@ -70,10 +75,12 @@ def model_config(raw: Mapping[str, Any]) -> ModelConfig:
     config = flat(raw)
     for key, remedy in REFUSED.items():
         if config.get(key):
-            raise ValueError(f"expected {key} off in config.json, got {config[key]!r}; {remedy}")
+            raise ValueError(
+                f"expected {key} off in config.json, got {short(config[key])}; {remedy}"
+            )
     if config.get("is_causal", True) is not True:
         raise ValueError(
-            f"expected is_causal true in config.json, got {config['is_causal']!r}; "
+            f"expected is_causal true in config.json, got {short(config['is_causal'])}; "
             + REFUSED["use_bidirectional_attention"]
         )
     family = config["model_type"]
@@ -121,14 +128,14 @@ def flat(raw: Mapping[str, Any]) -> dict[str, Any]:
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
-            f"expected model_type to be one of {', '.join(FAMILIES)}, got {family!r}; "
+            f"expected model_type to be one of {', '.join(FAMILIES)}, got {short(family)}; "
             "this architecture is not built in: use a model of one of these families"
         )
     if family == "gemma3":
         text = raw.get("text_config")
         if not isinstance(text, dict):
             raise ValueError(
-                f"expected an object text_config in a gemma3 config.json, got {text!r}; "
+                f"expected an object text_config in a gemma3 config.json, got {short(text)}; "
                 "download it again"
             )
         outer = {key: raw[key] for key in OUTER if raw.get(key) is not None}
@@ -142,10 +149,12 @@ def _positive(
     """The number at `key`; `default` stands for one that is missing or null."""
     value = default if config.get(key) is None else config[key]
     allowed = int if kind is int else int | float
-    if isinstance(value, bool) or not isinstance(value, allowed) or not value > 0:
+    least, most = (1, LARGEST.get(key, 2**62)) if kind is int else (1e-30, 1e30)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not least <= value <= most:
         raise ValueError(
             f"expected a positive {'whole number' if kind is int else 'number'} {key} in "
-            f"config.json, got {value!r}; download the model again, or add the key"
+            f"config.json, at most {most:,}, got {short(value)}; download the model again, or add the "
+            "key"
         )
     return kind(value)
 
@@ -155,7 +164,7 @@ def _activation(config: Mapping[str, Any]) -> str:
     if config[key] not in ACTIVATIONS:
         raise ValueError(
             f"expected {key} in config.json to be one of {', '.join(ACTIVATIONS)}, "
-            f"got {config[key]!r}; use another model"
+            f"got {short(config[key])}; use another model"
         )
     return str(config[key])
 
@@ -169,7 +178,7 @@ def _rope(
         if parts.get("partial_rotary_factor") not in (None, 1):
             raise ValueError(
                 "expected partial_rotary_factor 1 in config.json, got "
-                f"{parts['partial_rotary_factor']!r}; only whole heads are turned: use another model"
+                f"{short(parts['partial_rotary_factor'])}; only whole heads are turned: use another model"
             )
     local = config["model_type"] == "gemma3_text" and layers == "sliding_attention"
     old = _positive(config, "rope_local_base_freq" if local else "rope_theta", float, 10000.0)
@@ -179,7 +188,13 @@ def _rope(
     scale = scales.pop("attention_factor", None)  # takes the place of the other two
     if kind == "yarn" and scale is None:
         scale = rope.yarn_scale(speeds["factor"], **scales)
-    frequency_P = ROPE_TYPES[kind](theta=theta, head_width=head_width, **speeds)
+    try:
+        frequency_P = ROPE_TYPES[kind](theta=theta, head_width=head_width, **speeds)
+    except (ArithmeticError, RuntimeError) as error:  # rope_theta within 1e-12 of 1
+        raise ValueError(
+            f"expected settings of RoPE that give finite angles in config.json, got {error}; "
+            "download it again"
+        ) from error
     return tuple(frequency_P.tolist()), 1.0 if scale is None else scale
 
 
@@ -189,22 +204,23 @@ def _rope_settings(config: Mapping[str, Any], layers: str) -> dict[str, Any]:
     if (new and old) or not (isinstance(new, dict) and isinstance(old, dict)):
         raise ValueError(
             "expected one object rope_parameters or rope_scaling in config.json, got "
-            f"{new!r} and {old!r}; keep the one that the model was trained with"
+            f"{short(new)} and {short(old)}; keep the one that the model was trained with"
         )
     gemma = config["model_type"] == "gemma3_text"
     nested = {"full_attention", "sliding_attention"} & {*new, *old}
-    if (new and gemma and layers not in new) or (nested and not (new and gemma)):
+    mixed = new and gemma and not isinstance(new.get(layers), dict)
+    if mixed or (nested and not (new and gemma)):
         raise ValueError(
             f"expected rope_parameters {f'for {layers}' if gemma else 'of all layers'} in "
-            f"config.json, got {new or old!r}; download it again"
+            f"config.json, got {short(new or old)}; download it again"
         )
     if gemma and "type" in old and "rope_type" not in old:
         raise ValueError(
-            f"expected rope_type in rope_scaling of a Gemma 3 config.json, got {old!r}; some "
+            f"expected rope_type in rope_scaling of a Gemma 3 config.json, got {short(old)}; some "
             "versions of transformers overlook type alone there: name it rope_type"
         )
     if gemma and (new or layers == "sliding_attention"):  # the old name is for full layers only
-        return dict(new.get(layers) or {})
+        return dict(new.get(layers, {}))
     return {**new, **old}
 
 
@@ -215,14 +231,14 @@ def _rope_type(settings: Mapping[str, Any]) -> str:
     if kind not in tuple(ROPE_KEYS) or any(name != kind for name in named):
         raise ValueError(
             f"expected one rope_type out of {', '.join(ROPE_KEYS)} in config.json, got "
-            f"{settings!r}; other ways to scale positions are not built in: use another model"
+            f"{short(settings)}; other ways to scale positions are not built in: use another model"
         )
     known = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS[kind])
     other = [key for key, value in settings.items() if key not in known and value is not None]
     if other:
         raise ValueError(
             f"expected no settings of RoPE but {', '.join(known)} with rope_type {kind!r} in "
-            f"config.json, got {', '.join(other)}; take out what the model was not trained with"
+            f"config.json, got {', '.join(other)[:200]}; take out what the model was not trained with"
         )
     return str(kind)
 
@@ -246,7 +262,7 @@ def _rope_numbers(
         if numbers["truncate"] not in ((True,) if gemma else (True, False)):
             raise ValueError(
                 f"expected truncate true{'' if gemma else ' or false'} in the RoPE settings of "
-                f"config.json, got {numbers['truncate']!r}; transformers reads no other value here"
+                f"config.json, got {short(numbers['truncate'])}; transformers reads no other value here"
             )
     return numbers
 
@@ -263,7 +279,7 @@ def _rotary(config: Mapping[str, Any]) -> tuple[bool, ...]:
     if not isinstance(given, list) or len(given) < layers or any(x not in (0, 1) for x in given):
         raise ValueError(
             f"expected no_rope_layers in config.json to be 1 (RoPE) or 0 (none) for each of {layers} "
-            f"layers, got {given!r}; download it again"
+            f"layers, got {short(given)}; download it again"
         )
     return tuple(x == 1 for x in given[:layers])
 
@@ -278,7 +294,7 @@ def _sliding(config: Mapping[str, Any], rotary: tuple[bool, ...]) -> tuple[bool,
     if not isinstance(given, list) or len(given) != layers or any(x not in allowed for x in given):
         raise ValueError(
             f"expected {layers} layer_types out of {', '.join(allowed)} in config.json, as its "
-            f"sliding_window and use_sliding_window say, got {given!r}; use another model"
+            f"sliding_window and use_sliding_window say, got {short(given)}; use another model"
         )
     return tuple(kind == "sliding_attention" for kind in given)
 
@@ -305,6 +321,6 @@ def _slides(config: Mapping[str, Any], layer: int, *, rotary: bool) -> bool:
     if type(first) is not int or first < 0:
         raise ValueError(
             "expected a whole number max_window_layers, 0 or above, in config.json, "
-            f"got {first!r}; download it again"
+            f"got {short(first)}; download it again"
         )
     return layer >= first

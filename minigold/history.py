@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minigold.compare import Chunk
-from minigold.data import COLUMNS, RESERVED
+from minigold.data import COLUMNS, RESERVED, own_file, parse_object, read_object
 from minigold.offsets import FLAWS
 
 __all__ = ["PROMPTS", "Run", "Sample", "read_run"]
@@ -75,25 +76,22 @@ def read_run(run: Path) -> Run:
     Raises:
         ValueError: no such folder, a folder that is no run, a file in it that cannot be read.
     """
-    path = run / "config.json"
+    path = own_file(run, "config.json")
     if not path.is_file():
         what = "no config.json in it" if run.is_dir() else "no such folder"
         raise ValueError(
             f"expected the folder of a run, got {run}: {what}; give the --out of `minigold train`"
         )
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got {error}; restore the file") from error
+    config = read_object(path, remedy="restore the file")
     needed = {"student": str, "teacher": str, "steps": int}
-    if type(config) is not dict or any(type(config.get(k)) is not v for k, v in needed.items()):
+    if any(type(config.get(k)) is not v for k, v in needed.items()):
         raise ValueError(
             f"expected the config.json of a run, with student, teacher and steps, got {path} without "
             "them; give the --out of `minigold train`, not a model"
         )
-    rows = {row["step"]: row for _, row in _objects(run / "metrics.jsonl")}
-    evals = {row["step"]: row for _, row in _objects(run / "eval.jsonl")}
-    cases, n_samples = _cases(run / "samples.jsonl")
+    rows = {row["step"]: row for _, row in _objects(own_file(run, "metrics.jsonl"))}
+    evals = {row["step"]: row for _, row in _objects(own_file(run, "eval.jsonl"))}
+    cases, n_samples = _cases(own_file(run, "samples.jsonl"))
     steps = sorted(rows)
     evals = {step: evals[step] for step in sorted(evals)}
     return Run(config, steps, [rows[step] for step in steps], evals, cases, n_samples)
@@ -110,14 +108,12 @@ def _objects(path: Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
-                row = json.loads(raw)
-            except (ValueError, RecursionError) as error:
+                row = parse_object(raw, like='{"step": 1}')
+            except ValueError as error:
                 if not raw.endswith(b"\n"):
                     return
-                raise ValueError(
-                    f"expected JSON in line {number} of {path}, got {error}; restore the file"
-                ) from error
-            if type(row) is not dict or type(row.get("step")) is not int:
+                raise ValueError(f"line {number} of {path}: {error}; restore the file") from error
+            if type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
                 raise ValueError(
                     f"expected an object with a step in line {number} of {path}, got "
                     f"{raw[:40].decode('utf-8', 'replace')}; restore the file"
@@ -161,23 +157,36 @@ def _sample(path: Path, line: _Line) -> Sample:
             row["completion"].encode("utf-8", "replace"),
             row["finished"],
             row["on_policy"],
-            row["student_ids"],
-            row["teacher_ids"],
-            [(int(a), int(b)) for a, b in row["student_spans"]],
-            [Chunk(*map(int, chunk)) for chunk in row["chunks"]],
+            [index(i) for i in row["student_ids"]],
+            [index(i) for i in row["teacher_ids"]],
+            [(index(a), index(b)) for a, b in row["student_spans"]],
+            [Chunk(*map(index, chunk)) for chunk in row["chunks"]],
             [float(a) for a in row["acceptance"]],
-            row["trained"],
+            [bool(x) for x in row["trained"]],
             [one if one is None else _likeliest(*one) for one in row["teacher_best"]],
             {k: v for k, v in row.items() if k in SHOWN or k not in (*COLUMNS, *RESERVED)},
         )
     except KeyError as error:
         raise ValueError(f"{unlike}no {error}{remedy}") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{unlike}{error}{remedy}") from error
+        raise ValueError(f"{unlike}{str(error)[:200]}{remedy}") from error
     columns = sample.chunks, sample.acceptance, sample.trained, sample.best
     strange = [chunk.flaw for chunk in sample.chunks if not 0 <= chunk.flaw < len(FLAWS)]
     if strange:
         raise ValueError(f"{unlike}a chunk with the flaw {strange[0]}{remedy}")
     if len({len(column) for column in columns}) > 1:
         raise ValueError(f"{unlike}columns of {[len(c) for c in columns]} chunks{remedy}")
+    shares = (*sample.acceptance, *(one[1] for one in sample.best if one))
+    if not all(0 <= share <= 1.01 for share in shares) or not _fits(sample):
+        raise ValueError(f"{unlike}shares, spans or chunks out of range{remedy}")
     return sample
+
+
+def _fits(sample: Sample) -> bool:
+    """Whether all ranges lie in the ids and in the text."""
+    ids, teacher_ids = len(sample.ids) + 1, len(sample.teacher_ids) + 1  # an end may have no id
+    size = len(sample.text)
+    ranges = [(start, end, size) for start, end in sample.spans]
+    for s0, s1, t0, t1, start, end, _ in sample.chunks:
+        ranges += [(s0, s1, ids), (t0, t1, teacher_ids), (start, end, size)]
+    return len(sample.spans) < ids and all(0 <= a <= b <= n for a, b, n in ranges)

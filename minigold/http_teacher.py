@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from minigold.data import parse_object
+from minigold.data import own_file, read_object
 from minigold.load import Speaker, load_speaker, resolve
 from minigold.teacher import Reading, Told
 from minigold.tiers import Teller
@@ -236,8 +236,8 @@ def _model_of(wire: Wire, asked: str) -> tuple[str, int]:
 
 def _config_of(folder: Path) -> tuple[int, int]:
     """The context and the embedding's rows that config.json names, if it does."""
-    path = folder / "config.json"
-    config = parse_object(path.read_bytes()) if path.is_file() else {}
+    path = own_file(folder, "config.json")
+    config = read_object(path) if path.is_file() else {}
     inner = config.get("text_config")
     config |= inner if isinstance(inner, dict) else {}
     context, rows = config.get("max_position_embeddings"), config.get("vocab_size")

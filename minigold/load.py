@@ -8,9 +8,12 @@ the weights and `chat.py` renders the template.
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,20 +22,33 @@ import torch
 from tokenizers import Tokenizer
 
 from minigold.chat import render
+from minigold.data import own_file, read_object, short
 from minigold.events import Side
+from minigold.lora import SETTINGS, load_adapter, read_settings
 from minigold.model import Decoder
 from minigold.teacher import Reading, Score, score
-from minigold.weights import load_decoder
+from minigold.weights import load_decoder, read_config
 
-__all__ = ["LanguageModel", "Speaker", "load", "load_speaker", "read_tokenizer", "resolve"]
+__all__ = [
+    "LanguageModel",
+    "Speaker",
+    "load",
+    "load_speaker",
+    "no_panic",
+    "read_tokenizer",
+    "resolve",
+]
 
 logger = logging.getLogger("minigold")
 
 PATTERNS = ("*.json", "*.safetensors", "chat_template.jinja")
+LARGEST = 2**27  # bytes of a tokenizer.json; real ones have up to 35 million
+MOST_IDS = 2**21  # of a tokenizer; real ones have up to a million
+RISKY = re.compile(r'charsmap|subword_prefix"\s*:\s*"[^"]|\\u00[4-7]')  # the last hides a name
 MARK = "minigold"  # an answer that no template changes; what follows it ends the turn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speaker:
     """A tokenizer, template and stops: all of a model but its weights.
 
@@ -45,6 +61,7 @@ class Speaker:
         end_id: the one of them that the template ends a turn with.
         context: tokens the model was made for.
         n_tokens: ids that both the tokenizer and the head know are below it.
+        base: name and folder of the model that an adapter changes; None for a whole model.
     """
 
     name: str
@@ -57,6 +74,7 @@ class Speaker:
     end_id: int
     context: int
     n_tokens: int
+    base: tuple[str, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,7 @@ class LanguageModel(Speaker):
 def load(
     name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """Reads a folder or hub name.
+    """Reads a folder or hub name: of a model, or of an adapter, whose base is then read too.
 
     A tokenizer with more ids than the embedding has rows is warned about (logger `minigold`);
     the ids beyond are not used.
@@ -96,34 +114,47 @@ def load(
         FileNotFoundError: no such folder or hub name, or a file is missing in it.
         ValueError: a file that cannot be read or used, or no id that ends an answer.
     """
-    folder = resolve(name)
-    read_tokenizer(folder / "tokenizer.json")  # before the weights
-    decoder = load_decoder(folder, device=device, dtype=dtype)
-    config = decoder.config
-    speaker = load_speaker(name, folder, rows=config.vocab_size, context=config.context)
+    place = folder = resolve(name)
+    base = _base_of(folder) if (folder / SETTINGS).is_file() else None
+    if base and not (folder / "tokenizer.json").is_file():
+        folder = base[1]  # an adapter without a tokenizer is one for that of its base
+    whole = base[1] if base else folder
+    _, shape = read_config(whole)
+    speaker = load_speaker(name, folder, rows=shape.vocab_size, context=shape.context, base=base)
+    decoder = load_decoder(whole, device=device, dtype=dtype)
+    if base:
+        load_adapter(decoder, place)
     decoder.n_tokens = speaker.n_tokens  # the head gives no logits for rows of padding
     return LanguageModel(**vars(speaker), decoder=decoder)
 
 
-def load_speaker(name: str | Path, folder: Path, *, rows: int, context: int) -> Speaker:
+def load_speaker(
+    name: str | Path,
+    folder: Path,
+    *,
+    rows: int,
+    context: int,
+    base: tuple[str, Path] | None = None,
+) -> Speaker:
     """All of a model but its weights.
 
     Args:
         rows: of its embedding.
         context: tokens that it can read.
+        base: of an adapter; its stop ids count too.
 
     Raises:
         FileNotFoundError, ValueError: as `load`.
     """
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    settings = _json(folder / "tokenizer_config.json")
+    settings = _json(folder, "tokenizer_config.json")
     specials = dict(settings)
     if "added_tokens_decoder" not in settings:  # older folders: the map wins, as in `transformers`
-        specials |= _json(folder / "special_tokens_map.json")
+        specials |= _json(folder, "special_tokens_map.json")
     template = _template(folder, settings)
     bos_token, eos_token = (_text(specials.get(key)) for key in ("bos_token", "eos_token"))
     n_tokens = _n_tokens(str(name), tokenizer, rows)
-    stops = _stops(folder, n_tokens)
+    stops = _stops((folder, base[1]) if base else (folder,), n_tokens)
     eos = tokenizer.token_to_id(eos_token) if eos_token else None
     turn = _turn_end(tokenizer, template, bos_token=bos_token, eos_token=eos_token)
     known = [i for i in (turn, eos, *stops) if i is not None and i < n_tokens]
@@ -144,7 +175,23 @@ def load_speaker(name: str | Path, folder: Path, *, rows: int, context: int) -> 
         end_id=end_id,
         context=context,
         n_tokens=n_tokens,
+        base=base,
     )
+
+
+def _base_of(folder: Path) -> tuple[str, Path]:
+    """Name and folder of the model that an adapter changes."""
+    name = read_settings(folder)[1]
+    remedy = f"correct base_model_name_or_path in {folder / SETTINGS}"
+    try:
+        found = resolve(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"the base of the adapter {folder}: {error}; {remedy}") from error
+    if (found / SETTINGS).is_file():
+        raise ValueError(
+            f"expected a whole model as the base of the adapter {folder}, got the adapter {name}; {remedy}"
+        )
+    return name, found
 
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
@@ -197,30 +244,79 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"transformers: AutoTokenizer.from_pretrained({str(folder)!r})"
             f".save_pretrained({str(folder)!r})"
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception
+    size = own_file(path.parent, path.name).stat().st_size
+    if size > LARGEST:
         raise ValueError(
-            f"expected a tokenizer in {path}, got {error}; download it again"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+            f"expected a tokenizer of at most {LARGEST:,} bytes in {path}, got {size:,}; "
+            "download it again"
+        )
+    text = _read_text(path)
+    _check_parts(text, path)
+    with no_panic(path):
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.decode(tokenizer.encode("A b.\n").ids)  # what panics, panics here
+        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= MOST_IDS:
+        raise ValueError(f"expected ids below {MOST_IDS:,} in {path}, got {highest:,}")
     return tokenizer
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
+def _check_parts(text: str, path: Path) -> None:
+    """Refuses what makes `tokenizers` end the process: a size or a prefix that it takes on trust."""
+    if not RISKY.search(text):
+        return
+    wrong: list[str] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        for key, value in pairs:
+            if key == "precompiled_charsmap" and isinstance(value, str):
+                data = base64.b64decode(value)  # begins with the size of a table in it
+                if int.from_bytes(data[:4], "little") > len(data):
+                    wrong.append(f"{key} that is shorter than it says")
+            if key == "continuing_subword_prefix" and isinstance(value, str):
+                merges = next((x for k, x in pairs if k == "merges" and isinstance(x, list)), [])
+                seconds = [
+                    m.partition(" ")[2] if isinstance(m, str) else str(m[-1]) for m in merges
+                ]
+                if not all(second.startswith(value) for second in seconds):
+                    wrong.append(f"{key} {short(value)} that merges do not have")
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {path}, got {error}; download it again") from error
-    if type(value) is not dict:
+        json.loads(text, object_pairs_hook=look)
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
+        wrong.append(str(error)[:200])
+    if wrong:
+        raise ValueError(f"expected a tokenizer in {path}, got {wrong[0]}; download it again")
+
+
+@contextmanager
+def no_panic(where: Path | str) -> Iterator[None]:
+    """What goes wrong in `tokenizers`, as a ValueError: bare Exceptions, and panics of its Rust."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(
-            f"expected a JSON object in {path}, got {type(value).__name__}; download it again"
-        )
-    return value
+            f"expected a tokenizer in {where}, got {str(error)[:200]}; download it again"
+        ) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 in {path}, got {error}; save it as UTF-8") from error
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a file; empty if there is no such file."""
+    path = own_file(folder, name)
+    return read_object(path) if path.is_file() else {}
 
 
 def _text(token: Any) -> str:
@@ -229,12 +325,9 @@ def _text(token: Any) -> str:
 
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
+    path = own_file(folder, "chat_template.jinja")
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"expected UTF-8 in {path}, got {error}; save it as UTF-8") from error
+        return _read_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         named = {entry.get("name"): entry.get("template") for entry in template}
@@ -243,7 +336,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return template
     raise ValueError(
         f"expected chat_template in {folder / 'tokenizer_config.json'} to be text or a list of named "
-        f"ones, got {str(template)[:60]}; correct it, or write chat_template.jinja"
+        f"ones, got {short(template)}; correct it, or write chat_template.jinja"
     )
 
 
@@ -257,18 +350,22 @@ def _n_tokens(name: str, tokenizer: Tokenizer, rows: int) -> int:
     return min(ids, rows)
 
 
-def _stops(folder: Path, n_tokens: int) -> list[int]:
-    """`eos_token_id` of generation_config.json, else of config.json: one id or several."""
-    generation, config = _json(folder / "generation_config.json"), _json(folder / "config.json")
-    value = generation.get("eos_token_id")
-    if value is None:
-        value = config.get("eos_token_id")
-    if value is None and isinstance(config.get("text_config"), dict):
-        value = config["text_config"].get("eos_token_id")
+def _stops(folders: tuple[Path, ...], n_tokens: int) -> list[int]:
+    """`eos_token_id` of generation_config.json, else of config.json: one id or several.
+
+    The first folder that has one counts.
+    """
+    folder, value = folders[0], None
+    for name in ("generation_config.json", "config.json"):
+        for one in (_json(place, name) for place in folders):
+            if value is None:
+                value = one.get("eos_token_id")
+            if value is None and isinstance(one.get("text_config"), dict):
+                value = one["text_config"].get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
         raise ValueError(
-            f"expected eos_token_id in {folder} to be a token id or a list of them, got {value!r}; "
+            f"expected eos_token_id in {folder} to be a token id or a list of them, got {short(value)}; "
             "correct it in generation_config.json"
         )
     for i in values:

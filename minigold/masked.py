@@ -204,15 +204,18 @@ def work_saved(
 ) -> float:
     """Share of the training pass's matrix products that the mask leaves out (attention aside).
 
-    A backward pass is twice a forward pass. Where fewer chunks are trained than were chosen, all
-    chosen ones went through the head once before.
+    A backward pass is twice a forward pass, as much where a weight is frozen, and a forward pass more
+    with checkpointing. Where fewer chunks are trained than were chosen, all chosen ones went through
+    the head once before.
     """
-    head = student.decoder.head.weight_VD.numel()
-    body = sum(p.numel() for p in student.decoder.parameters()) - head
+    weight_VD, again = student.decoder.head.weight_VD, student.decoder.checkpointing
+    head, head_pass = weight_VD.numel(), (2 + weight_VD.requires_grad) * weight_VD.numel()
+    body = sum((2 + again + p.requires_grad) * p.numel() for p in student.decoder.parameters())
+    body -= head_pass + again * head
     spent = full = 0
     for r, looked, mask in zip(rollouts, chosen, trained, strict=True):
         every, heads = np.ones(len(mask), dtype=bool), head_rows(r)
         seen = 0 if np.array_equal(looked, mask) else int(heads[looked].sum())
-        spent += 3 * body * n_inputs(r, looked) + head * (3 * int(heads[mask].sum()) + seen)
-        full += 3 * (body * n_inputs(r, every) + head * int(heads.sum()))
+        spent += body * n_inputs(r, looked) + head_pass * int(heads[mask].sum()) + head * seen
+        full += body * n_inputs(r, every) + head_pass * int(heads.sum())
     return 1 - spent / full if full else 0.0

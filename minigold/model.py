@@ -21,12 +21,23 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minigold.cache import Cache, Store
 from minigold.packed import PACK_FROM, Linear, pack, packed, product
 from minigold.replay import Replay
 
-__all__ = ["Decoder", "Head", "ModelConfig"]
+__all__ = ["MATRICES", "Decoder", "Head", "ModelConfig"]
+
+MATRICES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # of a layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +229,8 @@ class Decoder(nn.Module):
     """A causal language model up to its last hidden states. New matrices are normal, std 0.02.
 
     `n_tokens`: the head gives logits for this many ids; rows of padding behind them do not exist
-    for sampling, log-probabilities or loss. `cuda_graphs`: see `replay.py`.
+    for sampling, log-probabilities or loss. `cuda_graphs`: see `replay.py`. `checkpointing`: where
+    gradients are wanted a layer keeps its input alone, and runs once more in the backward pass.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -228,7 +240,7 @@ class Decoder(nn.Module):
         self.model = _Trunk(config)
         self.lm_head: nn.Linear | None = None
         self.packed_head: Tensor | None = None
-        self.cuda_graphs = False
+        self.cuda_graphs = self.checkpointing = False
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         for parameter in self.parameters():
@@ -298,7 +310,13 @@ class Decoder(nn.Module):
             for sliding in set(self.config.sliding)
         }
         for i, layer in enumerate(self.model.layers):
-            hidden_BSD = layer(hidden_BSD, sights[self.config.sliding[i]], cache and cache.store(i))
+            given = hidden_BSD, sights[self.config.sliding[i]], cache and cache.store(i)
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden_BSD = checkpoint(
+                    layer, *given, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden_BSD = layer(*given)
         normed_BSD: Tensor = self.model.norm(hidden_BSD)
         return normed_BSD
 

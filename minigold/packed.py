@@ -6,7 +6,8 @@ its time; torch's plain layout takes up to twice as long. While `packed` is open
 its copy for the products of single tokens: once more the memory of the weights.
 
 Only on x86 CPUs in float32. Torch has these products for its compiler alone, under private names:
-where they are missing, all works as before.
+where they are missing, all works as before. Under autocast the copy of a frozen matrix is one in the
+lower precision: autocast itself keeps those of trained matrices alone, and makes the others each time.
 """
 
 from __future__ import annotations
@@ -47,15 +48,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None)
     """`F.linear`, by the packed copy of the weight if there is one; without gradients then."""
     if copy is None:
         return F.linear(x, weight, bias)
+    if not copy.is_mkldnn:
+        return F.linear(x, copy, bias)
     found: Tensor = MULTIPLY(x, copy, bias, "none", [], "")  # type: ignore[misc]
     return found
 
 
 def pack(weight: Tensor) -> Tensor | None:
     """The copy of a matrix [out, in], or None where there is no faster layout."""
-    if not PACKS or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return None
-    if torch.is_autocast_enabled("cpu"):
+    kind = weight.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return None if weight.requires_grad else weight.to(torch.get_autocast_dtype(kind))
+    if not PACKS or kind != "cpu" or weight.dtype != torch.float32:
         return None
     found: Tensor = REORDER(weight.detach(), FEW)  # type: ignore[misc]
     return found

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from minigold import offsets
 from minigold.data import write_whole
 from minigold.events import Events, match
-from minigold.load import LanguageModel
+from minigold.load import LanguageModel, no_panic
 from minigold.offsets import (
     EXACT,
     UNKNOWN,
@@ -81,8 +81,10 @@ def make_pair(student: LanguageModel, teacher: Teacher, *, events: str = "prefix
     Raises:
         ValueError: see `check_student` and `events.match`.
     """
-    check_student(student.tokenizer)
-    lost = lost_text(teacher.tokenizer)
+    with no_panic(f"the student {student.name}"):
+        check_student(student.tokenizer)
+    with no_panic(f"the teacher {teacher.name}"):
+        lost = lost_text(teacher.tokenizer)
     if lost:
         log.info("chunks with text that the teacher cannot read exactly are not scored: %s",
                  ", ".join(lost))  # fmt: skip
@@ -161,7 +163,7 @@ def matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
         return _restored(_read(path, key))
     except FileNotFoundError:
         pass
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         log.warning("expected two vocabularies in %s, got %s; they are matched anew", path, error)
     both = _matched(student, teacher)
     try:

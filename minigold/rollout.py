@@ -31,7 +31,7 @@ from minigold.tiers import Teacher
 __all__ = ["collect", "precision", "sample_answers", "seeds_of"]
 
 log = logging.getLogger("minigold")
-DATA, COIN, DRAW, MASK, EVAL = range(5)  # random streams of a run
+DATA, COIN, DRAW, MASK, EVAL, ADAPTER = range(6)  # random streams of a run
 
 
 def sample_answers(

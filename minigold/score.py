@@ -205,18 +205,20 @@ def open_scores(path: Path, tokenizer: str | Path) -> KeptTeacher:
     """
     metadata, arrays = _read(path)
     folder = resolve(tokenizer, weights=False)
-    rows = int(metadata["n_tokens"])
-    speaker = load_speaker(metadata["teacher"], folder, rows=rows, context=2**31)
-    facts = json.loads(metadata["facts"])
-    top_k = int(metadata["top_k"])
-    teacher = KeptTeacher(
-        **vars(speaker), top_k=top_k, told=dict(_told(arrays)), sha256=metadata["sha256"]
-    )
-    ours, theirs = teacher.facts["teacher_tokenizer_sha256"], facts["teacher_tokenizer_sha256"]
-    if ours != theirs or int(metadata["end_id"]) != teacher.end_id:
+    try:
+        name, end_id = metadata["teacher"], int(metadata["end_id"])
+        rows, top_k = int(metadata["n_tokens"]), int(metadata["top_k"])
+        theirs = str(json.loads(metadata["facts"])["teacher_tokenizer_sha256"])
+        told = dict(_told(arrays))
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"expected scores in {path}, got {error!r}; score it again") from error
+    speaker = load_speaker(name, folder, rows=rows, context=2**31)
+    teacher = KeptTeacher(**vars(speaker), top_k=top_k, told=told, sha256=metadata["sha256"])
+    ours = teacher.facts["teacher_tokenizer_sha256"]
+    if ours != theirs or end_id != teacher.end_id:
         raise ValueError(
             f"expected the tokenizer and end of turn by which {path} was scored (sha256 "
-            f"{theirs[:12]}, id {metadata['end_id']}), got those of {folder} ({ours[:12]}, id "
+            f"{theirs[:12]}, id {end_id}), got those of {folder} ({ours[:12]}, id "
             f"{teacher.end_id}); name the folder of the teacher that scored it (--teacher-tokenizer)"
         )
     return teacher
@@ -229,7 +231,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Array]]:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"expected a whole file of scores in {path}, got {error}; score it again"
         ) from error

@@ -28,10 +28,11 @@ from minigold.config import Config, option_name
 from minigold.data import Prompt
 from minigold.evaluate import best_of, evaluate
 from minigold.load import LanguageModel, Speaker
+from minigold.lora import Adapter, adapt, adapter_of, merge, new_tensors
 from minigold.masked import acceptance_of, choose_chunks, train_pass
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair, make_pair
-from minigold.rollout import DATA, MASK, collect, sample_answers, seeds_of
+from minigold.rollout import ADAPTER, DATA, MASK, collect, sample_answers, seeds_of
 from minigold.score import check_kept
 from minigold.tiers import Teacher, check_tier, described
 from minigold.watch import collapses, failed_in_a_row, finite
@@ -94,14 +95,16 @@ def distill(
     config = config or Config()
     if resume and out is None:
         raise ValueError("expected `out` with `resume`, got none; name the folder of the run")
+    check_adapter(student, config)
     check_tier(teacher, config)
     pair = make_pair(student, teacher, events=config.events)
     check_prompts(prompts, pair, config)
     check_kept(pair, prompts, config, eval_prompts=eval_prompts)
     check_eval_prompts(eval_prompts, pair, config)
     student.decoder.cuda_graphs = config.cuda_graphs
+    student.decoder.checkpointing = config.gradient_checkpointing
     student.decoder.train()
-    student.decoder.requires_grad_(True)
+    choose_trained(student, config)
     _present(teacher)
     optimizer = adamw(student.decoder, config)
     run = None
@@ -212,9 +215,29 @@ def batches_of(prompts: Sequence[Prompt], config: Config) -> Iterator[list[Promp
         del queue[: config.batch_size]
 
 
+def choose_trained(student: LanguageModel, config: Config) -> None:
+    """Leaves gradients to all weights or, with `--lora-rank`, to an adapter's alone.
+
+    A student that has an adapter goes on with it; where the weights are trained, it is merged first.
+    """
+    decoder = student.decoder
+    if not config.lora_rank:
+        merge(decoder)
+        decoder.requires_grad_(True)
+    elif adapter_of(decoder) is None:
+        seed = seeds_of(config.seed, 0, ADAPTER, 1)[0]
+        new = Adapter(config.lora_rank, config.lora_alpha, config.adapted)
+        adapt(decoder, new, new_tensors(decoder, new, seed=seed))
+
+
+def trained_weights(decoder: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+
+
 def adamw(decoder: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     """One pass over weights and moments where the device has a kernel for it."""
-    parameters = list(decoder.parameters())
+    parameters = trained_weights(decoder)
     fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(
         parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused
@@ -244,7 +267,7 @@ def take_step(
     result = train_pass(pair, rollouts, chosen, config)
     norm, wrong = 0.0, ""
     if any(mask.any() for mask in result.trained):
-        parameters = list(pair.student.decoder.parameters())
+        parameters = trained_weights(pair.student.decoder)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
         if math.isfinite(norm) and math.isfinite(result.loss):
             optimizer.step()
@@ -326,6 +349,22 @@ def check_eval_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) ->
         check_prompts(prompts, pair, replace(config, lmbda=0.0 if reads else 1.0))
     except ValueError as error:
         raise ValueError(f"--eval-prompts: {error}") from error
+
+
+def check_adapter(student: LanguageModel, config: Config) -> None:
+    """Refuses another adapter than the student has.
+
+    Raises:
+        ValueError: of another rank, alpha or layers.
+    """
+    there = adapter_of(student.decoder)
+    asked = Adapter(config.lora_rank, config.lora_alpha, config.adapted)
+    if there and config.lora_rank and there != asked:
+        raise ValueError(
+            f"expected --lora-rank {there.rank} --lora-alpha {there.alpha:g} --lora-targets "
+            f"{','.join(there.targets)}, as the adapter {student.name} has, got {asked.rank}, "
+            f"{asked.alpha:g} and {','.join(asked.targets)}; give these, or the base as --student"
+        )
 
 
 def _check_length(

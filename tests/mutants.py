@@ -240,15 +240,15 @@ MUTANTS = (
     ),
     # templates may change the messages
     Mutant(
-        "minigold/chat.py",
-        "jinja2.sandbox.ImmutableSandboxedEnvironment(",
-        "jinja2.sandbox.SandboxedEnvironment(",
+        "minigold/sandbox.py",
+        "jinja2.sandbox.ImmutableSandboxedEnvironment)",
+        "jinja2.sandbox.SandboxedEnvironment)",
         "tests/test_chat.py",
     ),
     # rows of padding behind the tokenizer's ids can be sampled
     Mutant(
         "minigold/load.py",
-        "decoder.n_tokens = n_tokens",
+        "decoder.n_tokens = speaker.n_tokens",
         "decoder.n_tokens = decoder.config.vocab_size",
         "tests/test_load.py",
     ),
@@ -499,8 +499,8 @@ MUTANTS = (
     # the masks of sliding layers are forgotten
     Mutant(
         "minigold/cost.py",
-        "once += sliding * length**2 * WIDE + length**2",
-        "once += 0",
+        "mask = WIDE * length**2 if sliding and length > config.window else 0",
+        "mask = 0",
         "tests/test_cost.py",
     ),
     # norms of heads have no weights
@@ -518,7 +518,12 @@ MUTANTS = (
         "tests/test_cost.py",
     ),
     # AdamW has one moment
-    Mutant("minigold/cost.py", '"AdamW": 2 * WIDE * n', '"AdamW": WIDE * n', "tests/test_cost.py"),
+    Mutant(
+        "minigold/cost.py",
+        '"AdamW": 2 * WIDE * s.trained',
+        '"AdamW": WIDE * s.trained',
+        "tests/test_cost.py",
+    ),
     # the packed copies take no memory
     Mutant(
         "minigold/cost.py",
@@ -786,8 +791,8 @@ MUTANTS = (
     # a log that ends early is no flaw
     Mutant(
         "minigold/checkpoint.py",
-        "if log_file.stat().st_size < size:",
-        "if log_file.stat().st_size < 0:",
+        "not 0 <= size <= log_file.stat().st_size:",
+        "not 0 <= size:",
         "tests/test_resume.py",
     ),
     # prompts that were read are read again
@@ -1003,6 +1008,177 @@ MUTANTS = (
         "if config.lmbda > 0:",
         "if config.lmbda > 1:",
         "tests/test_score.py",
+    ),
+    # an adapter is not scaled by its rank
+    Mutant(
+        "minigold/lora.py",
+        "return torch.add(whole, change, alpha=self.alpha / self.rank)",
+        "return torch.add(whole, change, alpha=self.alpha)",
+        "tests/test_lora.py",
+    ),
+    # the base beside an adapter is trained too
+    Mutant("minigold/lora.py", "decoder.requires_grad_(False)", "pass", "tests/test_lora.py"),
+    # a stored adapter is checked and not taken
+    Mutant(
+        "minigold/lora.py",
+        "decoder.load_state_dict(found, strict=False)",
+        "pass",
+        "tests/test_resume.py",
+    ),
+    # nested Gemma 3 has the names of the text model
+    Mutant(
+        "minigold/lora.py",
+        'if nested else f"{PREFIX}model."',
+        'if not base else f"{PREFIX}model."',
+        "tests/test_lora.py",
+    ),
+    # any other way to adapt is taken for this one
+    Mutant(
+        "minigold/lora.py",
+        "if value and key not in HARMLESS",
+        "if value and key in ASKED",
+        "tests/test_lora.py",
+    ),
+    # frozen matrices are copied at each step of decoding
+    Mutant(
+        "minigold/packed.py",
+        "return None if weight.requires_grad else weight.to",
+        "return None if weight.is_leaf else weight.to",
+        "tests/test_lora.py",
+    ),
+    # a step of the optimizer forgets that frozen weights have no gradient of their own
+    Mutant(
+        "minigold/cost.py",
+        "(6 * s.adapter - 2 * matrix_parameters(c))",
+        "(6 * s.adapter)",
+        "tests/test_cost.py",
+    ),
+    # layers run twice only where that is not asked for
+    Mutant(
+        "minigold/model.py",
+        "if self.checkpointing and torch",
+        "if not self.checkpointing and torch",
+        "tests/test_train.py",
+    ),
+    # the layer that runs again takes no memory
+    Mutant(
+        "minigold/cost.py",
+        "    if s.checkpointing:  # a layer is there once more",
+        "    if False:  # a layer is there once more",
+        "tests/test_cost.py",
+    ),
+    # a file's options win over those of the command line
+    Mutant(
+        "minigold/config_file.py",
+        'return ["train", *(word for path in known.config for word in words_of(path)), *rest]',
+        'return ["train", *rest, *(word for path in known.config for word in words_of(path))]',
+        "tests/test_config_file.py",
+    ),
+    # true is a whole number
+    Mutant(
+        "minigold/config_file.py",
+        "if type(value) not in allowed:",
+        "if not isinstance(value, allowed):",
+        "tests/test_config_file.py",
+    ),
+    # TensorBoard shows steps twice that were done again
+    Mutant("minigold/log_to.py", "purge_step=first", "purge_step=None", "tests/test_log_to.py"),
+    # a run that goes on is another one
+    Mutant(
+        "minigold/log_to.py",
+        "    if not path.is_file():\n",
+        "    if True:\n",
+        "tests/test_log_to.py",
+    ),
+    # a bar begins at zero where the run does not
+    Mutant("minigold/progress.py", "initial=done", "initial=0", "tests/test_log_to.py"),
+    # links may lead out of a folder
+    Mutant(
+        "minigold/data.py",
+        "home, target = folder.resolve(), (folder / name).resolve()",
+        "home, target = folder.resolve(), folder.resolve() / name",
+        "tests/test_hostile.py",
+    ),
+    # the cache of the hub is not read through its links
+    Mutant(
+        "minigold/data.py",
+        "homes = [home, *(root",
+        "homes = [home, *(home / root",
+        "tests/test_hostile.py",
+    ),
+    # deep JSON passes
+    Mutant("minigold/data.py", "    if level:\n", "    if False:\n", "tests/test_hostile.py"),
+    # a checkpoint may name any file as a log
+    Mutant("minigold/checkpoint.py", " <= kept <= {*LOGS}", " <= kept", "tests/test_hostile.py"),
+    # weights that the manifest does not name are read
+    Mutant(
+        "minigold/checkpoint.py",
+        "if not whole or not",
+        "if not",
+        "tests/test_hostile.py",
+    ),
+    # a turn of a loop costs no time
+    Mutant(
+        "minigold/sandbox.py",
+        'node.iter = self._through("turns", node.iter)',
+        "pass",
+        "tests/test_hostile.py",
+    ),
+    # what is joined has any length
+    Mutant(
+        "minigold/sandbox.py",
+        "size += _size(value, LARGEST - size)",
+        "size += 0",
+        "tests/test_hostile.py",
+    ),
+    # small pieces may add up
+    Mutant(
+        "minigold/sandbox.py",
+        "_check_size(self.made, MADE)",
+        "_check_size(self.made, 2**40)",
+        "tests/test_hostile.py",
+    ),
+    # sizes in a tokenizer are believed
+    Mutant(
+        "minigold/load.py",
+        "    if wrong:\n        raise",
+        "    if False:\n        raise",
+        "tests/test_hostile.py",
+    ),
+    # samples may point anywhere
+    Mutant(
+        "minigold/history.py",
+        "for share in shares) or not _fits(sample):",
+        "for share in shares):",
+        "tests/test_hostile.py",
+    ),
+    # the control without a teacher pushes likely tokens down
+    Mutant(
+        "examples/experiments/arms.py",
+        "logp_S.detach() < np.log(UNLIKELY)",
+        "logp_S.detach() > np.log(UNLIKELY)",
+        "tests/test_experiments.py",
+    ),
+    # learning rates are chosen on prompts that were trained on
+    Mutant(
+        "examples/experiments/screen.py",
+        "return train[:-n], train[-n:]",
+        "return train, train[-n:]",
+        "tests/test_experiments.py",
+    ),
+    # a random mask trains its own number of chunks
+    Mutant(
+        "examples/experiments/arms.py",
+        'mask = {"replay": changes["where"], **changes, "where": "random"}',
+        'mask = {"replay": "all", "where": "random"}',
+        "tests/test_experiments.py",
+    ),
+    # a tie counts as a win
+    Mutant(
+        "examples/experiments/table.py",
+        "        holds = low > 0\n",
+        "        holds = value >= 0\n",
+        "tests/test_experiments.py",
     ),
 )
 

@@ -6,10 +6,12 @@ import sys
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -266,6 +268,26 @@ def test_the_conversations_try_each_template() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")),
+    ids=lambda p: p.stem,
+)
+def test_templates_of_real_models_are_filled_as_transformers_does(path: Path) -> None:
+    template = path.read_text("utf-8")
+    for name in ("one turn", "system", "many turns", "reasoning", "tool calls"):
+        messages = CONVERSATIONS[name]
+        try:
+            expected = by_transformers(template, copy.deepcopy(messages), add=True)
+        except (ValueError, KeyError):
+            expected = None
+        try:
+            found = filled(template, messages)
+        except ValueError:
+            found = None
+        assert found == expected, name
+
+
 @given(
     template=st.sampled_from(list(TEMPLATES.values())),
     turns=st.lists(
@@ -311,10 +333,10 @@ def test_texts_of_other_types_become_plain() -> None:
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ ''['__class__'].x }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ (''|attr('__class__')).x }}", "'__class__' of 'str' object is unsafe"),
-        ("{{ '{0.__class__.x}'.format('') }}", "'__class__' of 'str' object is unsafe"),
+        ("{{ '{0.__class__.x}'.format('') }}", "attribute 'format' of 'str' object is unsafe"),
         ("{{ raise_exception.__globals__.sys }}", "attribute '__globals__' of 'function'"),
         ("{{ strftime_now.__code__.co_consts }}", "attribute '__code__' of 'function'"),
-        ("{{ lipsum.__globals__['os'] }}", "attribute '__globals__' of 'function'"),
+        ("{{ lipsum.__globals__['os'] }}", "'lipsum' is undefined"),
         ("{{ self.__init__.__globals__ }}", "attribute '__init__' of 'TemplateReference'"),
         ("{{ cycler.__init__.__globals__ }}", "attribute '__init__' of 'type'"),
         ("{{ messages.append(1) }}", "attribute 'append' of 'list' object is unsafe"),
@@ -323,9 +345,9 @@ def test_texts_of_other_types_become_plain() -> None:
         ("{{ dict.update(messages[0], role='x') }}", "has no attribute 'update'"),
         ("{{ range(100001) | list }}", "Range too big"),
         ("{% include 'secrets' %}", "no loader"),
-        ("{{ 'x' * 10**15 }}", "MemoryError"),
+        ("{{ 'x' * 1000000000000000 }}", "values of more than 4,194,304 characters"),
         ("{{ cycler() }}", "at least one item"),
-        ("{{ [1] | slice(0) | list }}", "division or modulo by zero|division by zero"),
+        ("{{ 1 % 0 }}", "division or modulo by zero|modulo by zero"),
         ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),

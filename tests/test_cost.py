@@ -25,10 +25,12 @@ from minigold.config import Config
 from minigold.cost import Rates, Sizes, Work
 from minigold.data import Prompt
 from minigold.families import model_config
+from minigold.lora import Adapter, adapt, new_tensors
 from minigold.masked import micro_batches, n_inputs, train_pass
-from minigold.model import Decoder
+from minigold.model import MATRICES, Decoder, ModelConfig
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
+from minigold.train import choose_trained, trained_weights
 from tiny_models import FAMILIES, raw_config, tiny_model
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
@@ -77,6 +79,17 @@ def test_parameters_are_those_of_the_decoder(family: str, changes: dict[str, Any
 def test_the_bytes_that_autograd_keeps(family: str, changes: dict[str, Any], length: int) -> None:
     config = model_config(raw_config(family, 41, **changes))
     decoder = Decoder(config)
+    expected = cost.saved_bytes(config, 5, length) + norms_made_anew(config)
+    assert bytes_kept(decoder, length) == pytest.approx(expected, abs=length**2 + 1)  # bools
+    decoder.checkpointing = True
+    expected = cost.saved_bytes(config, 5, length, checkpointing=True)
+    assert bytes_kept(decoder, length) == pytest.approx(
+        expected - turned(config, length), abs=length**2 + 99
+    )
+
+
+def bytes_kept(decoder: Decoder, length: int) -> int:
+    """Of a pass over five rows; what the decoder gives is not counted."""
     own = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -86,12 +99,73 @@ def test_the_bytes_that_autograd_keeps(family: str, changes: dict[str, Any], len
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden_BSD = decoder(torch.zeros(5, length, dtype=torch.int64))
-    # what the decoder gives is not counted here; Gemma's norms make `1 + weight` anew
     known = {*own, hidden_BSD.untyped_storage().data_ptr()}
-    found = sum(x.nbytes() for at, x in kept.items() if at not in known)
-    norms = 4 * (config.n_layers * (4 * config.width + 2 * config.head_width) + config.width)
-    expected = cost.saved_bytes(config, 5, length) + config.is_gemma * norms
-    assert found == pytest.approx(expected, abs=length**2 + 1)  # the mask in bools
+    return sum(x.nbytes() for at, x in kept.items() if at not in known)
+
+
+def turned(config: ModelConfig, length: int) -> int:
+    """Bytes of rotations: checkpointing holds them too, but not by autograd."""
+    kinds = {x for x, rotary in zip(config.sliding, config.rotary, strict=True) if rotary}
+    return len(kinds) * 2 * 4 * length * config.head_width
+
+
+def norms_made_anew(config: ModelConfig) -> int:
+    """Bytes: Gemma's norms make `1 + weight` in each pass."""
+    norms = config.n_layers * (4 * config.width + 2 * config.head_width) + config.width
+    return config.is_gemma * 4 * norms
+
+
+TARGETS = [MATRICES, ("v_proj",), ("q_proj", "o_proj"), ("o_proj", "gate_proj"), ("up_proj",),
+           ("down_proj",)]  # fmt: skip
+
+
+def adapted_decoder(config: ModelConfig, targets: tuple[str, ...], rank: int = 3) -> Decoder:
+    decoder, adapter = Decoder(config), Adapter(rank, 4.0, targets)
+    adapt(decoder, adapter, new_tensors(decoder, adapter, seed=0))
+    return decoder
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=["all", *(",".join(t) for t in TARGETS[1:])])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_an_adapter_has_and_keeps(family: str, targets: tuple[str, ...]) -> None:
+    """Exactly for the layers after the first, whose own inputs need no gradient."""
+    config, longer = (
+        model_config(
+            raw_config(
+                family,
+                41,
+                num_hidden_layers=n,
+                layer_types=None,
+                no_rope_layers=None,
+                sliding_window=99,
+                max_window_layers=9,
+            )
+        )
+        for n in (2, 5)
+    )
+    decoder = adapted_decoder(config, targets)
+    own = sum(p.numel() for p in trained_weights(decoder))
+    assert cost.adapter_parameters(config, 3, targets) == own > 0
+    kept, predicted = (
+        (
+            bytes_kept(adapted_decoder(one, targets), 9) - norms_made_anew(one)
+            for one in (config, longer)
+        ),
+        (
+            cost.saved_bytes(one, 5, 9, lora_rank=3, lora_targets=targets)
+            for one in (config, longer)
+        ),
+    )
+    (short, long), (short_told, long_told) = kept, predicted
+    assert long - short == pytest.approx(long_told - short_told, abs=99)
+    assert short <= short_told + 99
+    for one in (config, longer):
+        decoder = adapted_decoder(one, targets)
+        decoder.checkpointing = True
+        told = cost.saved_bytes(one, 5, 9, lora_rank=3, lora_targets=targets, checkpointing=True)
+        assert bytes_kept(decoder, 9) == pytest.approx(told - turned(one, 9), abs=99)
+    if set(targets) & {"q_proj", "k_proj", "v_proj"} == {"q_proj", "k_proj", "v_proj"}:
+        assert short == pytest.approx(short_told, abs=99)
 
 
 # ------------------------------------------------------------------------------------- operations
@@ -127,14 +201,42 @@ def pair_and_config(family: str, **changes: Any) -> tuple[Pair, Config]:
     return make_pair(student, teacher), Config(**settings)
 
 
+@pytest.mark.unwatched
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("micro_batch", [2, 5])
-def test_operations_of_the_training_pass(family: str, micro_batch: int) -> None:
+@pytest.mark.parametrize(("micro_batch", "checkpointing"), [(2, False), (5, False), (2, True)])
+def test_operations_of_the_training_pass(
+    family: str, micro_batch: int, checkpointing: bool
+) -> None:
     """As torch counts them, which takes attention to see all keys."""
-    pair, config = pair_and_config(family, batch_size=5, max_new_tokens=12, micro_batch=micro_batch)
+    pair, config = pair_and_config(
+        family, batch_size=5, max_new_tokens=12, micro_batch=micro_batch,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    pair.student.decoder.checkpointing = checkpointing
     prompts = [Prompt(prompt="the quick brown fox", line=i) for i in range(5)]
     answers, side = sample_answers(pair, prompts, config, number=1)
     rollouts = collect(pair, answers, side, config)
+    chosen = [one.comparable_C(pair.events, 1.0) for one in rollouts]
+    with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
+        train_pass(pair, rollouts, chosen, config)
+    assert counter.get_total_flops() == expected_operations(pair, rollouts, chosen, config)
+
+
+@pytest.mark.unwatched
+@pytest.mark.parametrize(
+    ("targets", "checkpointing"),
+    [*((targets, False) for targets in TARGETS), (MATRICES, True), (("v_proj",), True)],
+)
+def test_operations_of_training_an_adapter(targets: tuple[str, ...], checkpointing: bool) -> None:
+    """What is frozen has no gradient of its own, and nothing flows to before the first adapter."""
+    pair, config = pair_and_config(
+        "qwen3", batch_size=5, max_new_tokens=12, micro_batch=2, lora_rank=3,
+        lora_targets=",".join(targets), gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    pair.student.decoder.checkpointing = checkpointing
+    choose_trained(pair.student, config)
+    prompts = [Prompt(prompt="the quick brown fox", line=i) for i in range(5)]
+    rollouts = collect(pair, *sample_answers(pair, prompts, config, number=1), config)
     chosen = [one.comparable_C(pair.events, 1.0) for one in rollouts]
     with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
         train_pass(pair, rollouts, chosen, config)
@@ -153,6 +255,8 @@ def expected_operations(pair: Pair, rollouts: Any, chosen: Any, config: Config) 
             completion=1, teacher_prompt=1, teacher_completion=1,
             chunks=sum(int(chosen[i].sum()) for i in some),
             head_rows=sum(int(head_rows(rollouts[i])[chosen[i]].sum()) for i in some),
+            lora_rank=config.lora_rank, lora_targets=config.adapted,
+            checkpointing=config.gradient_checkpointing,
         )  # fmt: skip
         total += cost.training_operations(one, pairs=length**2)
     return total
@@ -197,11 +301,21 @@ RUNS = {
                      "padding": 64},
     "activations": {"vocabulary": 4_000, "width": 256, "new": 160, "layers": 6, "batch": 12,
                     "micro_batch": 12, "family": "gemma3_text"},
+    "checkpointing": {"vocabulary": 4_000, "width": 256, "new": 96, "layers": 6, "batch": 12,
+                      "micro_batch": 12, "gradient_checkpointing": True},
+    "adapter": {"vocabulary": 8_000, "width": 384, "new": 64, "layers": 4, "micro_batch": 3,
+                "lora_rank": 8},
 }  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is read from /proc")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("checkpointing", "adapter")))
+        for name in RUNS
+    ],
+)
 def test_memory_is_as_predicted_within_15_percent(name: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
     command = [sys.executable, str(BENCH), "--one", json.dumps(RUNS[name])]
@@ -237,6 +351,41 @@ def test_memory_grows_with_what_it_is_made_of() -> None:
     stage, parts = cost.peak(sizes())
     assert sum(parts.values()) == max(sum(p.values()) for p in cost.memory(sizes()).values())
     assert cost.memory(sizes())[stage] == parts
+
+
+def test_with_checkpointing_one_layer_is_there_beside_the_inputs_of_all() -> None:
+    whole, one = sizes(), sizes(checkpointing=True)
+    own, tokens = whole.student, 6 * (9 + 13 - 1)
+    before, after = (cost.memory(s)["training"] for s in (whole, one))
+    layer = cost.layer_saved_bytes(own, 6, 21, sliding=False)
+    less = own.n_layers * (layer - 4 * tokens * own.width)
+    assert before["activations"] - after["activations"] == less > 0
+    assert after["loss block"] == layer + 4 * tokens * (3 * own.mlp_width + 2 * own.width)
+    assert {k: v for k, v in before.items() if k not in ("activations", "loss block")} == {
+        k: v for k, v in after.items() if k not in ("activations", "loss block")
+    }
+    few, more = (cost.work(s)["training"] for s in (whole, one))
+    assert more.bytes - few.bytes == 4 * cost.matrix_parameters(own)
+    assert more.operations > few.operations
+
+
+def test_an_adapter_has_gradients_and_moments_and_the_rest_has_none() -> None:
+    whole, one = sizes(micro_batch=3), sizes(micro_batch=3, lora_rank=2, lora_targets=MATRICES)
+    n = cost.adapter_parameters(one.student, 2, MATRICES)
+    assert (whole.trained, one.trained) == (cost.parameters(whole.student), n)
+    for stage, parts in cost.memory(one).items():
+        assert parts["AdamW"] == 8 * n
+        assert parts["student weights"] == 4 * (whole.trained + n)
+        assert parts["teacher weights"] == cost.memory(whole)[stage]["teacher weights"]
+    training = cost.memory(one)["training"]
+    assert (training["gradients"], training["head's gradient"]) == (4 * n, 0)
+    assert cost.memory(one)["optimizer"]["gradients"] == 4 * n
+    few, all_ = cost.work(one), cost.work(whole)
+    assert few["optimizer"] == Work(0, 40 * n)
+    assert few["sampling"].operations > all_["sampling"].operations
+    assert few["training"].operations < all_["training"].operations
+    assert few["training"].bytes < all_["training"].bytes
+    assert few["teacher"] == all_["teacher"]
 
 
 @pytest.mark.parametrize(
@@ -321,5 +470,5 @@ def test_the_lines_that_the_page_names_are_in_the_code() -> None:
     page = (root / "docs" / "performance.md").read_text("utf-8")
     code = " ".join((root / "minigold" / "cost.py").read_text("utf-8").split())
     rows = re.findall(r"^\| .* \| `(.+)` \|$", page, re.MULTILINE)
-    assert len(rows) == 19
+    assert len(rows) == 23
     assert [row for row in rows if " ".join(row.split()) not in code] == []

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
@@ -373,7 +374,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_folder(work / "student", "gemma3_text", sentencepiece_bpe(), begin="<s>", end="</s>")
     tiny_folder(work / "teacher", "llama", byte_bpe(), end="<|im_end|>", template=CHATML, seed=2)
     (work / "run" / "checkpoints").mkdir(parents=True)
-    (work / "run" / "checkpoints" / "step-5").symlink_to(work / "student")
+    shutil.copytree(work / "student", work / "run" / "checkpoints" / "step-5")
     rows = [
         {"prompt": "hello", "completion": " the fox"},
         {"prompt": "Paris", "answer": "x"},

@@ -28,7 +28,13 @@ LEAVES = (
 )  # fmt: skip
 BESIDE = {"replay": ("cache",), "model": ("cache", "packed", "replay")}  # what a leaf needs
 DEPENDENCIES = {"torch", "tokenizers", "safetensors", "numpy"}
-OPTIONAL = {"jinja2", "tqdm", "huggingface_hub"}  # imported inside the functions that use them
+OPTIONAL = {
+    "jinja2",
+    "tqdm",
+    "huggingface_hub",
+    "wandb",
+    "trackio",
+}  # imported inside the functions that use them
 SKIPPED = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "__pycache__",
            "build", "dist", "runs", "shared"}  # fmt: skip
 SOURCES = sorted(PACKAGE.glob("*.py"))

@@ -224,6 +224,55 @@ def test_without_a_folder_a_run_stops_all_the_same(work: Path) -> None:
         distill(student, teacher, prompts, CONFIG, resume=True)
 
 
+def test_an_adapter_comes_back_bit_for_bit(work: Path, tmp_path: Path) -> None:
+    """Stopped after each step; killed where a checkpoint is torn; and from an adapter as student."""
+    config = dataclasses.replace(CONFIG, lora_rank=3, lora_targets="q_proj,down_proj")
+    train(work, tmp_path / "whole", config)
+    expected = outcome(tmp_path / "whole")
+    names = {name for name in expected if name.startswith("checkpoints/step-5/")}
+    assert {name.rpartition("/")[2] for name in names} == {
+        "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+        "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    for _ in range(4):
+        train(work, tmp_path / "parts", config, resume=True, stop=lambda: True)
+    newest = checkpoints_of(tmp_path / "parts")[0]
+    flip(newest / "adapter_model.safetensors")
+    train(work, tmp_path / "parts", config, resume=True)
+    assert_same(tmp_path / "parts", expected)
+    student, teacher = mg.load(work / "student"), mg.load(work / "teacher")
+    prompts = mg.data.read_prompts(work / "prompts.jsonl")
+    distill(student, teacher, prompts, config, out=tmp_path / "whole", resume=True)
+    final = load_file(tmp_path / "whole" / "final" / "adapter_model.safetensors")
+    tensors = {f"base_model.model.{n}": x for n, x in student.decoder.state_dict().items()}
+    assert final and all(torch.equal(tensors[name], x) for name, x in final.items())
+    for rank, name in ((4, "lora-rank"), (0, "lora-rank")):
+        other = dataclasses.replace(
+            config, lora_rank=rank, lora_targets="q_proj" if rank else "all"
+        )
+        with pytest.raises(ValueError, match=rf"got another --{name} \(3 then, {rank} now\)"):
+            train(work, tmp_path / "whole", other, resume=True)
+
+
+def test_training_on_from_an_adapter_comes_back_too(work: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, lora_rank=3, steps=2)
+    train(work, tmp_path / "first", config)
+    teacher, prompts = mg.load(work / "teacher"), mg.data.read_prompts(work / "prompts.jsonl")
+    for lora_rank in (3, 0):  # with the adapter, and merged
+        again = dataclasses.replace(config, lora_rank=lora_rank)
+        for out, stops in ((f"whole {lora_rank}", 0), (f"parts {lora_rank}", 1)):
+            for resume in (False, True)[: 1 + stops]:
+                student = mg.load(tmp_path / "first" / "final")
+                stop = lambda stops=stops, resume=resume: bool(stops and not resume)  # noqa: E731
+                distill(
+                    student, teacher, prompts, again, out=tmp_path / out, resume=resume, stop=stop
+                )
+        assert_same(tmp_path / f"parts {lora_rank}", outcome(tmp_path / f"whole {lora_rank}"))
+        base = json.loads((tmp_path / "first" / "final" / "adapter_config.json").read_text("utf-8"))
+        found = tmp_path / f"whole {lora_rank}" / "final" / "adapter_config.json"
+        assert (found.exists() and json.loads(found.read_text("utf-8")) == base) == bool(lora_rank)
+
+
 # ------------------------------------------------------------------------------- a full disk
 def no_space(path: Path, tensors: int = 1) -> Callable[..., None]:
     """In place of `save_file`: room for some files of tensors, then for half of one."""

@@ -7,12 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from minigold import score
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.events import CHUNK
@@ -199,6 +202,32 @@ def test_a_torn_or_edited_file_is_refused(scores: Path, folder: Path, tmp_path: 
         open_scores(bad, folder)
     with pytest.raises(FileNotFoundError, match="expected a file of scores, found no"):
         open_scores(tmp_path / "absent.safetensors", folder)
+
+
+def test_a_file_that_is_no_scores_in_a_right_envelope_is_refused(
+    scores: Path, folder: Path, tmp_path: Path
+) -> None:
+    with safe_open(scores, framework="numpy") as file:
+        metadata = dict(file.metadata())
+    del metadata["sha256"]
+    bad, arrays = tmp_path / "bad.safetensors", load_file(scores)
+
+    def refused(metadata: dict[str, str], arrays: dict[str, Any]) -> None:
+        save_file(arrays, bad, {**metadata, "sha256": score._digest(metadata, arrays)})
+        with pytest.raises(ValueError, match=r"expected scores in .*; score it again"):
+            open_scores(bad, folder)
+
+    for name in {*arrays} - {"lines"}:
+        refused(metadata, {k: v for k, v in arrays.items() if k != name})
+        refused(metadata, {**arrays, name: np.zeros((), arrays[name].dtype)})
+    for key in {*metadata} - {"format", "plain"}:
+        refused({k: v for k, v in metadata.items() if k != key}, arrays)
+    refused(metadata | {"facts": "[]"}, arrays)
+    refused(metadata | {"top_k": "many"}, arrays)
+    header = b'{"x":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    bad.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with pytest.raises(ValueError, match=r"expected a whole file of scores in .*, got "):
+        open_scores(bad, folder)
 
 
 def test_a_file_of_another_tokenizer_or_end_is_refused(

@@ -26,7 +26,7 @@ from minigold.rollout import collect, sample_answers
 from minigold.teacher import Reading, score
 from minigold.train import adamw, batches_of, distill, learning_rate, take_step
 from reference_losses import gkd
-from tiny_models import new_decoder, tiny_model
+from tiny_models import FAMILIES, new_decoder, tiny_model
 from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe, unigram
 
 CONFIG = Config(
@@ -332,6 +332,47 @@ def test_accumulated_equals_one_big_step() -> None:
         config = dataclasses.replace(CONFIG, micro_batch=size)
         small = gradient_of(pair, rollouts, chosen, config)
         torch.testing.assert_close(small, big, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("where", ["all", "divergence"])
+def test_gradients_with_checkpointing_are_the_same_to_the_last_bit(family: str, where: str) -> None:
+    pair = cross_pair()
+    decoder = new_decoder(family, pair.student.decoder.config.vocab_size, seed=1)
+    decoder.n_tokens = pair.student.n_tokens
+    pair = dataclasses.replace(pair, student=dataclasses.replace(pair.student, decoder=decoder))
+    config = dataclasses.replace(CONFIG, where=where)
+    rollouts = rollouts_of(pair, config)
+    chosen = all_chosen(rollouts)
+    want = gradient_of(pair, rollouts, chosen, config)
+    decoder.checkpointing = True
+    got = gradient_of(pair, rollouts, chosen, config)
+    assert want.abs().max() > 1e-3
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_layers_run_twice_in_the_training_pass_alone(lora_rank: int) -> None:
+    """And the numbers of a run are the same."""
+    found = []
+    for checkpointing in (False, True):
+        student = tiny_model("gemma3_text", sentencepiece_bpe(), end="</s>", seed=1)
+        config = dataclasses.replace(
+            CONFIG, gradient_checkpointing=checkpointing, lora_rank=lora_rank, where="sampled"
+        )
+        runs: list[bool] = []
+        for layer in student.decoder.model.layers:
+            layer.mlp.register_forward_pre_hook(
+                lambda _layer, _given, runs=runs: runs.append(torch.is_grad_enabled())
+            )
+        history = distill(student, cross_pair().teacher, PROMPTS, config)
+        kept = [(row["loss"], row["grad_norm"], row["chunks"]) for row in history]
+        found.append((kept, runs.count(False), runs.count(True), history[0]["work_saved"]))
+    (plain, read, trained, saved), (again, read_too, trained_twice, saved_too) = found
+    assert plain == again
+    assert (read_too, trained_twice) == (read, 2 * trained)
+    assert min(read, trained) > 0
+    assert saved != saved_too and abs(saved - saved_too) < 0.1
 
 
 def test_bfloat16_products_give_nearly_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:

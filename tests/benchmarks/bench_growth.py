@@ -126,14 +126,14 @@ def warm_up(tokenizers: Any, events: Any, config: mg.Config, prompts: list[Promp
 
 
 def one_run(batch: int, new: int, vocabulary: int, width: int, family: str = "llama", layers: int = 4,
-            micro_batch: int = 8, padding: int = 0, where: str = "all") -> Figures:  # fmt: skip
+            micro_batch: int = 8, padding: int = 0, where: str = "all", **settings: Any) -> Figures:  # fmt: skip
     torch.manual_seed(0)
     tokenizers = tokenizer_of(vocabulary, LETTERS), tokenizer_of(vocabulary, LETTERS[::-1])
     sides = [(t, [t.token_to_id("<end>")], vocabulary) for t in tokenizers]
     events = match(*matched(*sides))
     config = mg.Config(
         steps=2, batch_size=batch, micro_batch=micro_batch, max_new_tokens=new, where=where,
-        student_plain=True, teacher_plain=True,
+        student_plain=True, teacher_plain=True, **settings,
     )  # fmt: skip
     prompts = [Prompt(prompt="the quick brown fox", line=i) for i in range(batch)]
     warm_up(tokenizers, events, config, prompts)
@@ -148,6 +148,8 @@ def one_run(batch: int, new: int, vocabulary: int, width: int, family: str = "ll
         ("train_pass", "training"),
     ):
         setattr(train, name, watch.over(stage, getattr(train, name)))
+    student.decoder.checkpointing = config.gradient_checkpointing
+    train.choose_trained(student, config)
     optimizer = train.adamw(student.decoder, config)
     optimizer.step = watch.over("optimizer", optimizer.step)
     for number in (1, 2):
@@ -187,6 +189,8 @@ def sizes_of(
         teacher_completion=max(len(a.teacher_ids) for a in answers),
         chunks=sum(int(mask.sum()) for mask in chosen),
         head_rows=sum(int(head_rows(r)[mask].sum()) for r, mask in zip(rollouts, chosen, strict=True)),
+        lora_rank=config.lora_rank, lora_targets=config.adapted,
+        checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
 
 

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arms of the screening: what each changes in the loop, and nothing else.
+
+Where it stands: `screen.py` runs an arm through `minigold.distill`. An arm changes settings, or
+replaces names of modules while it runs (`replaced`), or has another loss (`whole_pass`), or takes
+another pair. Rivals' losses are those of `baselines.py`, on the same answers as ours unless their
+arm says so. None of them saves work by a mask; `where` is `all` there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minigold import batch, pair, teacher, train
+from minigold.align import Chunks
+from minigold.batch import Array, Rollout
+from minigold.config import Config
+from minigold.events import Events, Vocabulary, match
+from minigold.loss import divergence
+from minigold.masked import Pass
+from minigold.offsets import vocabulary
+from minigold.pair import Pair
+from minigold.sample import completion_states, pad
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from baselines import Answer, bpm, matched_by_string, prefixes, trl_gold, uld
+from demo_controls import no_overhang, shifted, shuffled
+from task import MAX_NEW_TOKENS
+
+__all__ = ["ARMS", "BASE", "LR", "UNLIKELY", "Arm", "replaced", "whole_pass"]
+
+BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
+    steps=250,
+    batch_size=64,
+    micro_batch=64,
+    max_new_tokens=MAX_NEW_TOKENS,
+    lr=2e-3,
+    warmup=10,
+    student_plain=True,
+)
+LR: dict[str, float] = {}  # of arms that do best with another, see docs/experiments.md
+UNLIKELY = 0.1  # probability under which the control `suppress` pushes a sampled token down
+
+AnswerLoss = Callable[[Rollout, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Args:
+        group: heading in the table.
+        told: what it is, for a reader.
+        changes: fields of `Config`.
+        names: what is replaced while it runs: module, name, value.
+        loss: makes, of a pair, a function of an answer and the logits of both models `[S + 1, V]`
+            and `[T + 1, W]`; it gives the answer's loss, summed over tokens if `per_token`.
+        per_token: the step's loss is the mean over its tokens, not over its answers.
+        trains: False measures the student as it is.
+        student, teacher: folders of `task.make`.
+    """
+
+    group: str
+    told: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    names: tuple[tuple[ModuleType, str, Any], ...] = ()
+    loss: Callable[[Pair], AnswerLoss] | None = None
+    per_token: bool = False
+    trains: bool = True
+    student: str = "student"
+    teacher: str = "teacher"
+
+
+@contextmanager
+def replaced(arm: Arm) -> Iterator[None]:
+    """The arm's names, and its loss, stand in the modules."""
+    with ExitStack() as stack:
+        for module, name, value in arm.names:
+            stack.enter_context(patch.object(module, name, value))
+        if arm.loss:
+            stack.enter_context(patch.object(train, "train_pass", whole_pass(arm)))
+        yield
+
+
+def whole_pass(arm: Arm) -> Callable[..., Pass]:
+    """In place of `masked.train_pass`: an arm's loss on whole answers, without a mask."""
+    made: list[AnswerLoss] = []  # once a run: it may need tables of both vocabularies
+
+    def one_pass(
+        pair: Pair, rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config
+    ) -> Pass:
+        if not made:
+            made.append(arm.loss(pair))
+        loss_of, decoder, total = made[0], pair.student.decoder, 0.0
+        count = sum(len(r.answer.ids) for r in rollouts) if arm.per_token else len(rollouts)
+        for start in range(0, len(rollouts), config.micro_batch):
+            rows = rollouts[start : start + config.micro_batch]
+            ids = [[*r.answer.prompt_ids, *r.answer.ids] for r in rows]
+            losses = []
+            for hidden_SD, r in zip(decoder(pad(ids, decoder.device)), rows, strict=True):
+                states = completion_states(hidden_SD, len(r.answer.prompt_ids), len(r.answer.ids))
+                with torch.no_grad():
+                    teacher_MW = pair.teacher.decoder.head.logits(r.score.hidden_MD)
+                losses.append(loss_of(r, decoder.head.logits(states), teacher_MW))
+            loss = torch.stack(losses).sum() / count
+            loss.backward()
+            total += float(loss.detach())
+        return Pass(total, 0.0, list(chosen))
+
+    return one_pass
+
+
+# ------------------------------------------------------------------- losses
+def without_end(rollout: Rollout, student_NV: Tensor, teacher_MW: Tensor) -> Answer:
+    """What the rivals read: the text, its end of turn left out."""
+    answer = rollout.answer
+    n, ended = len(answer.ids) - answer.finished, slice(None, -1 if answer.finished else None)
+    chunks = Chunks(*(column[ended] for column in rollout.chunks))
+    return Answer(student_NV[: n + 1], teacher_MW, answer.ids[:n], answer.teacher_ids, chunks)
+
+
+def uld_loss(_pair: Pair) -> AnswerLoss:
+    return lambda *read: uld(without_end(*read))
+
+
+def trl_loss(merge: str) -> Callable[[Pair], AnswerLoss]:
+    def of(pair: Pair) -> AnswerLoss:
+        matched = matched_by_string(
+            pair.student.tokenizer.get_vocab(), pair.teacher.tokenizer.get_vocab()
+        )
+        return lambda *read: trl_gold(without_end(*read), matched=matched, merge=merge)
+
+    return of
+
+
+def bpm_loss(pair: Pair) -> AnswerLoss:
+    student, teacher = pair.student, pair.teacher
+
+    def spelled(side: Any) -> list[bytes]:
+        found = vocabulary(side.tokenizer, end_ids=side.eos_ids, size=side.n_tokens)
+        texts = zip(found.token_bytes, found.roles, strict=True)
+        return [text if role == "text" else b"" for text, role in texts]
+
+    table = prefixes(
+        spelled(student), spelled(teacher),
+        student_stop=student.end_id, teacher_stops=teacher.eos_ids,
+    )  # fmt: skip
+
+    def of(rollout: Rollout, student_NV: Tensor, teacher_MW: Tensor) -> Tensor:
+        answer = without_end(rollout, student_NV, teacher_MW)
+        mean = bpm(answer, table=table, stopped=rollout.answer.finished)
+        return mean * len(rollout.answer.ids)
+
+    return of
+
+
+def gkd_loss(_pair: Pair) -> AnswerLoss:
+    """Of a pair with one tokenizer, by GKD's own formula, token by token."""
+
+    def of(rollout: Rollout, student_NV: Tensor, teacher_MW: Tensor) -> Tensor:
+        n = len(rollout.answer.ids)
+        student, teacher = student_NV[:n].softmax(-1), teacher_MW[:n].softmax(-1)
+        return divergence(student, teacher, beta=BASE.beta).sum()
+
+    return of
+
+
+def label_loss(_pair: Pair) -> AnswerLoss:
+    """Cross-entropy of the answer's tokens: plain fine-tuning where the teacher wrote it."""
+
+    def of(rollout: Rollout, student_NV: Tensor, _teacher_MW: Tensor) -> Tensor:
+        ids = torch.tensor(rollout.answer.ids)
+        return F.cross_entropy(student_NV[: len(ids)], ids, reduction="sum")
+
+    return of
+
+
+def suppress_loss(_pair: Pair) -> AnswerLoss:
+    """An advantage of -1 on each sampled token that the student found unlikely. No teacher."""
+
+    def of(rollout: Rollout, student_NV: Tensor, _teacher_MW: Tensor) -> Tensor:
+        ids = torch.tensor(rollout.answer.ids)
+        logp_S = student_NV[: len(ids)].log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        return logp_S[logp_S.detach() < np.log(UNLIKELY)].sum()
+
+    return of
+
+
+# ------------------------------------------------------------------- parts left out
+def longest_prefixes(student: Vocabulary, other: Vocabulary, *, kind: str) -> Events:
+    """Tokens of one side alone go to their longest prefix, whatever the other side's first piece."""
+    return match(replace(student, first_pieces={}), replace(other, first_pieces={}), kind=kind)
+
+
+def every_chunk(_answer: Any, chunks: Any, _events: Any) -> Array:
+    """No chunk is to become an event of its own."""
+    return np.ones(len(chunks.s0), dtype=bool)
+
+
+# ------------------------------------------------------------------- the arms
+ALL = {"where": "all"}
+TRL_SAMPLING = {"temperature": 0.9, "top_p": 0.95, "lmbda": 0.5}
+FRACTIONS = (0.1, 0.2, 0.35, 0.5)
+THRESHOLDS = (0.1, 0.5, 0.9)
+SAME = {"student": "same"}
+
+
+def _masks() -> dict[str, Arm]:
+    """Every mask, and beside it the random one that trains as many chunks a step."""
+    found = {"all": Arm("masks", "every chunk", ALL)}
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        *((f"reject-{x}", f"acceptance under {x}", {"where": "reject", "threshold": x})
+          for x in THRESHOLDS),
+        *((f"{kind}-{x}", f"the largest {x:.0%} by {kind}", {"where": kind, "fraction": x})
+          for kind in ("divergence", "soft-or") for x in FRACTIONS),
+    ]  # fmt: skip
+    for name, told, changes in kinds:
+        found[name] = Arm("masks", told, changes)
+    kinds.insert(0, ("sampled", "", {"where": "sampled"}))
+    for name, _, changes in kinds:
+        if not name.startswith("soft-or"):  # trains as many as divergence does
+            mask = {"replay": changes["where"], **changes, "where": "random"}
+            if mask["replay"] == Config.replay:
+                del mask["replay"]
+            found[f"random-{name}"] = Arm("random", f"as many chunks as {name}, at random", mask)
+    return found
+
+
+ARMS: dict[str, Arm] = {
+    "teacher": Arm("ends", "the teacher itself", {"student_plain": False}, trains=False,
+                   student="teacher"),
+    "untouched": Arm("ends", "the student before", trains=False),
+    "gold": Arm("default", "minigold as it is: prefix, beta 0.5, sampled, lambda 1"),
+    "fine-tuned": Arm("rivals", "cross-entropy on what the teacher wrote", {**ALL, "lmbda": 0.0},
+                      loss=label_loss, per_token=True),
+    "off-policy": Arm("rivals", "lambda 0: our loss on what the teacher wrote", {"lmbda": 0.0}),
+    "uld": Arm("rivals", "ULD on chunks", ALL, loss=uld_loss),
+    "trl-gold": Arm("rivals", "TRL's GOLD as it ships: hybrid loss, observed; temperature 0.9, "
+                    "top-p 0.95, lambda 0.5", {**ALL, **TRL_SAMPLING}, loss=trl_loss("observed")),
+    "trl-gold-on": Arm("rivals", "the same loss on our samples", ALL, loss=trl_loss("observed")),
+    "trl-bayesian": Arm("rivals", "TRL's GOLD, bayesian, on our samples", ALL,
+                        loss=trl_loss("bayesian")),
+    "bpm": Arm("rivals", "BPM", ALL, loss=bpm_loss, per_token=True),
+    "strict": Arm("rivals", "events strict, the rest as gold", {"events": "strict"}),
+    "strict-paper": Arm("rivals", "strict as in 2610.08448: every one-to-one token, reverse KL",
+                        {"events": "strict", "beta": 1.0, **ALL}),
+    "byte": Arm("rivals", "events byte, the rest as gold", {"events": "byte"}),
+    "no-observed": Arm("parts", "without the observed chunk",
+                       names=((batch, "_is_one_event", every_chunk),)),
+    "no-carry": Arm("parts", "without what longer tokens carry over a boundary",
+                    names=((teacher, "_covers", lambda *_: []), (batch, "_stays", no_overhang))),
+    "longest": Arm("parts", "longest prefixes instead of first pieces",
+                   names=((pair, "match", longest_prefixes),)),
+    "beta-0": Arm("parts", "KL(teacher||student)", {"beta": 0.0}),
+    "beta-1": Arm("parts", "KL(student||teacher)", {"beta": 1.0}),
+    "lambda-0.5": Arm("parts", "half of the rows written by the teacher", {"lmbda": 0.5}),
+    **_masks(),
+    "shifted": Arm("controls", "chunks beside their neighbour's teacher tokens",
+                   names=((batch, "align", shifted),)),
+    "shuffled": Arm("controls", "the teacher's events in a random order",
+                    names=((pair, "match", shuffled),)),
+    "untaught": Arm("controls", "the teacher before it was taught", teacher="untaught"),
+    "suppress": Arm("controls", "no teacher: the student's own unlikely tokens pushed down", ALL,
+                    loss=suppress_loss, per_token=True),
+    "apart-untouched": Arm("apart", "a student that spells every space by itself, before",
+                           trains=False, student="apart"),
+    "apart-gold": Arm("apart", "minigold as it is", student="apart"),
+    "apart-all": Arm("apart", "every chunk", ALL, student="apart"),
+    "apart-bpm": Arm("apart", "BPM", ALL, loss=bpm_loss, per_token=True, student="apart"),
+    "same-untouched": Arm("one tokenizer", "a student with the teacher's tokenizer, before",
+                          {"student_plain": False}, trains=False, **SAME),
+    "same-gold": Arm("one tokenizer", "minigold, every token", {**ALL, "student_plain": False},
+                     **SAME),
+    "same-gkd": Arm("one tokenizer", "GKD by its own formula", {**ALL, "student_plain": False},
+                    loss=gkd_loss, per_token=True, **SAME),
+}  # fmt: skip

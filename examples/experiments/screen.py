@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The screening: every arm and seed on the tiny pair, one small JSON file each.
+
+    python examples/experiments/screen.py --out runs/screen
+    python examples/experiments/screen.py --arms gold,uld,bpm --seeds 0,1,2 --jobs 2 --out runs/screen
+    python examples/experiments/screen.py --arms uld,bpm --equal-time runs/screen --out runs/equal-time
+    python examples/experiments/screen.py --arms uld --on validation --lr 4e-3 --out runs/tune/4e-3
+
+What is run, and what is decided by it: docs/experiments.md. A folder holds runs of one setting; a
+run whose file is there is not run again, so that the same line goes on after a stop. Every run is
+a process of its own with one thread: its processor time is comparable whatever runs beside it, and
+its memory is its own. `table.py` makes tables and plots of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+
+import minigold
+from minigold.config import Config
+from minigold.data import Prompt, write_whole
+from minigold.evaluate import evaluate, exact_matches
+from minigold.load import LanguageModel, load
+from minigold.pair import make_pair
+from minigold.rollout import EVAL, sample_answers, seeds_of
+from minigold.train import Step, distill
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from arms import ARMS, BASE, LR, replaced
+from task import make, read_texts, well_indented
+
+__all__ = ["main", "measure", "run", "settings_of", "steps_for"]
+
+N_VALIDATION = 200  # of the training prompts: not trained on, to choose learning rates by
+EVERY = 50  # steps between looks at the held-out prompts; not in the time of a run
+ON = ("held-out", "validation")
+
+
+def rows_of(models: Path, on: str) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that are trained on, and those that are measured on."""
+    train = read_texts(models, "train")
+    n = min(N_VALIDATION, len(train) // 4)
+    return train[:-n], train[-n:] if on == "validation" else read_texts(models, "held_out")
+
+
+def settings_of(name: str, seed: int, *, steps: int, lr: float, on: str) -> dict[str, Any]:
+    """What a file must hold to be the result of a run."""
+    steps = steps if ARMS[name].trains else 0
+    return {"arm": name, "seed": seed, "steps": steps, "lr": lr, "on": on}
+
+
+# ------------------------------------------------------------------- one run
+def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str, Any]:
+    """Trains a student as the arm says, and measures it beside the taught teacher."""
+    arm = ARMS[settings["arm"]]
+    steps = settings["steps"]
+    config = replace(
+        BASE, **arm.changes, seed=settings["seed"], steps=max(1, steps), lr=settings["lr"]
+    )
+    train, test = rows_of(models, settings["on"])
+    student = load(models / arm.student)
+    trained: dict[str, Any] = {}
+    if steps:
+        with replaced(arm):
+            trained = _trained(student, load(models / arm.teacher), train, test, config, every)
+    measures = measure(student, load(models / "teacher"), test, config)
+    return {**settings, **measures, **trained, "config": arm.changes, "machine": machine()}
+
+
+def _trained(
+    student: LanguageModel, teacher: LanguageModel, train: Sequence[Prompt],
+    test: Sequence[Prompt], config: Config, every: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs the loop; figures of its steps, and exact match on the way by steps, seconds, tokens."""
+    curve: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    spent, mark = 0.0, time.process_time()
+
+    def on_step(step: Step) -> None:
+        nonlocal spent, mark
+        rows.append(step.metrics)
+        if len(rows) % every == 0 or step.metrics["step"] == config.steps:
+            spent += time.process_time() - mark
+            right = _right(student, test, config)
+            tokens = sum(row["completion_tokens"] for row in rows)
+            curve.append({"step": step.metrics["step"], "cpu_seconds": round(spent, 2),
+                          "tokens": tokens, "exact_match": right.count("1") / len(right)})  # fmt: skip
+            mark = time.process_time()
+
+    failed = ""
+    try:
+        distill(student, teacher, train, config, on_step=on_step)
+    except FloatingPointError as error:  # the weights are those before, and are measured
+        failed = str(error)
+        spent += time.process_time() - mark
+
+    def mean(key: str) -> float | None:
+        known = [row[key] for row in rows if row[key] is not None]
+        return sum(known) / len(known) if known else None
+
+    student.decoder.eval()
+    return {
+        "failed": failed,
+        "cpu_seconds": spent,
+        "seconds": sum(row["seconds"] for row in rows),
+        "tokens": sum(row["completion_tokens"] for row in rows),
+        "trained_fraction": mean("trained_fraction"),
+        "work_saved": mean("work_saved"),
+        "one_to_one": mean("one_to_one_fraction"),
+        "peak_memory_gib": rows[min(every, len(rows)) - 1]["peak_memory_gib"] if rows else None,
+        "curve": curve,
+    }
+
+
+def _right(student: LanguageModel, rows: Sequence[Prompt], config: Config) -> str:
+    """A 1 or 0 for each prompt: the greedy answer is right."""
+    right = exact_matches(
+        student, rows, plain=config.student_plain, max_new_tokens=config.max_new_tokens
+    )
+    return "".join("01"[yes] for yes in right)
+
+
+def measure(
+    student: LanguageModel, teacher: LanguageModel, rows: Sequence[Prompt], config: Config
+) -> dict[str, Any]:
+    """All measures, against the real teacher and with the real events, whatever the arm was.
+
+    `right`, `stopped`, `indented`: a 1 or 0 for each prompt, the last two of an answer sampled at
+    temperature 1, the first of the greedy one. `evaluate` explains the others.
+    """
+    plain = replace(BASE, seed=config.seed, student_plain=config.student_plain)
+    pair = make_pair(student, teacher)
+    found = evaluate(pair, [replace(p, answer=None) for p in rows], plain)
+    with torch.no_grad():
+        answers, _ = sample_answers(
+            pair, list(rows), plain, number=0, seeds=seeds_of(plain.seed, 0, EVAL, len(rows))
+        )
+    keys = ("reverse_kl_per_byte", "forward_kl", "bits_per_byte_student", "bits_per_byte_teacher",
+            "mean_tokens", "mean_bytes", "repetition")  # fmt: skip
+    return {
+        "right": _right(student, rows, plain),
+        "stopped": "".join("01"[a.finished] for a in answers),
+        "indented": "".join("01"[well_indented(a.text)] for a in answers),
+        **{key: found[key] for key in keys},
+        **{f"{key}_{end}": found[f"{key}_{end}"] for key in keys[:1] for end in ("low", "high")},
+    }
+
+
+def machine() -> dict[str, str]:
+    """Where a run was made."""
+    info, model = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return {
+        "cpu": model, "threads": str(torch.get_num_threads()), "system": platform.system(),
+        "python": platform.python_version(), "torch": torch.__version__.split("+")[0],
+        "numpy": np.__version__, "tokenizers": tokenizers.__version__,
+        "minigold": minigold.__version__,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------- many runs
+def steps_for(name: str, seed: int, folder: Path, *, like: str = "gold") -> int:
+    """Steps that take the arm as long as `like` took there, by both runs' processor time a step.
+
+    Raises:
+        ValueError: a run that is not in the folder, or was not trained.
+    """
+    per_step, whole = [], 0.0
+    for one in (name, like):
+        path = folder / f"{one}.seed{seed}.json"
+        if not path.is_file():
+            raise ValueError(f"--equal-time: expected the run {path}, found none; run it first")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not result["steps"]:
+            raise ValueError(f"--equal-time: expected an arm that is trained, got {one!r}")
+        whole = result["cpu_seconds"]
+        per_step.append(whole / result["steps"])
+    return max(1, round(whole / per_step[0]))
+
+
+def is_done(path: Path, settings: dict[str, Any]) -> bool:
+    """Whether the run's file is there.
+
+    Raises:
+        ValueError: it is that of another run.
+    """
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
+    if other:
+        wanted = {key: settings[key] for key in other}
+        raise ValueError(f"expected {wanted} in {path}, got {other}; name another --out")
+    return True
+
+
+def one_process(settings: dict[str, Any], path: Path, models: Path) -> str:
+    """Runs one arm and seed in a process of its own; a line that says what came out."""
+    begun = time.perf_counter()
+    command = [sys.executable, __file__, "--one", json.dumps(settings), "--models", str(models),
+               "--out", str(path.parent)]  # fmt: skip
+    threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        command, env=os.environ | threads, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return f"{path.stem:32} failed:\n{done.stderr[-2000:]}"
+    right = json.loads(path.read_text(encoding="utf-8"))["right"]
+    share = right.count("1") / len(right)
+    return f"{path.stem:32} {share:.3f} exact match  ({time.perf_counter() - begun:.0f} s)"
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description="Runs arms and seeds of the screening.")
+    found.add_argument("--arms", default=",".join(ARMS), help="default: all of " + ", ".join(ARMS))
+    found.add_argument("--seeds", default="0", help="for example 0,1,2")
+    found.add_argument("--out", type=Path, required=True, help="folder of the results")
+    found.add_argument("--models", type=Path, default=Path("runs/tiny"), help="made if not there")
+    found.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    found.add_argument("--steps", type=int, default=BASE.steps)
+    found.add_argument("--lr", type=float, help=f"default: the arm's in LR, or {BASE.lr}")
+    found.add_argument("--on", choices=ON, default=ON[0], help="prompts that are measured on")
+    found.add_argument("--equal-time", type=Path, help="results whose `gold` gives the time")
+    found.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 if every run has its file."""
+    args = parser().parse_args(argv)
+    torch.set_num_threads(1)
+    if args.one:
+        logging.basicConfig(level=logging.WARNING)
+        result = run(args.one, args.models)
+        text = json.dumps(result, ensure_ascii=False, indent=1)
+        write_whole(_path(args.out, args.one), text.encode())
+        return 0
+    names, seeds = args.arms.split(","), [int(seed) for seed in args.seeds.split(",")]
+    for name in names:
+        if name not in ARMS:
+            parser().error(f"expected --arms out of {', '.join(ARMS)}, got {name!r}")
+    make(args.models)
+    args.out.mkdir(parents=True, exist_ok=True)
+    wanted = []
+    for seed in seeds:  # a whole table of one seed first
+        for name in names:
+            steps = args.steps
+            if args.equal_time:
+                steps = steps_for(name, seed, args.equal_time)
+            lr = args.lr or LR.get(name, BASE.lr)
+            settings = settings_of(name, seed, steps=steps, lr=lr, on=args.on)
+            if not is_done(_path(args.out, settings), settings):
+                wanted.append(settings)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        work = [pool.submit(one_process, one, _path(args.out, one), args.models) for one in wanted]
+        for one in work:
+            print(one.result(), flush=True)
+    missing = [one for one in wanted if not _path(args.out, one).is_file()]
+    return 1 if missing else 0
+
+
+def _path(out: Path, settings: dict[str, Any]) -> Path:
+    return out / f"{settings['arm']}.seed{settings['seed']}.json"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of `screen.py` in, tables, verdicts and plots of docs/experiments.md out.
+
+    python examples/experiments/table.py --runs runs      new results, then the page
+    python examples/experiments/table.py                  the page from docs/results alone
+
+The runs of `runs/screen` become `docs/results/screen.json`, one line a run, and so with each name in
+`FOLDERS`. From these files, and nothing else, the parts of the page between markers and the plots
+are made. What was not run is said so there. The rules of the verdicts stand in the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigold.data import write_whole
+from minigold.evaluate import bootstrap
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from arms import ARMS
+
+__all__ = ["Results", "main", "page", "plot", "table", "verdicts", "wilson"]
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+FOLDERS = ("screen", "tune", "equal-time", "confirm-skill", "confirm-behaviour")
+SHARED = ("teacher", "untouched", "gold")  # of the screening, that other tables need
+NOT_RUN = "not run yet"
+GAP, GAIN, SHARE, SLACK, CONTROL = 0.6, 0.95, 0.35, 0.02, 0.2  # of the rules in the page
+MASK_RULE = (
+    f"at most {SHARE:.0%} of the chunks keep {GAIN:.0%} of the gain of all, beat the random mask, "
+    "cost less"
+)
+RIVALS = ("fine-tuned", "off-policy", "uld", "trl-gold", "trl-gold-on", "trl-bayesian", "bpm",
+          "strict", "strict-paper", "byte")  # fmt: skip
+FAR = ("uld", "trl-gold")  # whose intervals must not overlap ours
+MASKS = ("gold", "reject-0.5", "reject-0.1", "soft-or-0.35", "divergence-0.35")  # in this order
+CONTROLS = ("shifted", "shuffled", "untaught", "suppress")
+
+Run = Mapping[str, Any]
+
+
+# ------------------------------------------------------------------- statistics
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share.
+
+    Source: Wilson 1927; method 3 of Newcombe 1998, whose table it equals.
+
+    Raises:
+        ValueError: not 0 to n right of at least one.
+
+    >>> [round(x, 4) for x in wilson(81, 263)]
+    [0.2553, 0.3662]
+    """
+    if not 0 <= right <= n or n < 1:
+        raise ValueError(f"expected 0 to n right of n >= 1, got {right} of {n}")
+    p, zz = right / n, z * z / n
+    middle = (p + zz / 2) / (1 + zz)
+    reach = z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
+    return min(p, max(0.0, middle - reach)), max(p, min(1.0, middle + reach))
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of one folder, by arm."""
+
+    runs: Mapping[str, Sequence[Run]]
+
+    def of(self, *arms: str) -> bool:
+        return all(self.runs.get(arm) for arm in arms)
+
+    def count(self, arm: str, key: str = "right") -> tuple[int, int]:
+        """Ones among the marks of all seeds, and how many marks there are."""
+        marks = "".join(run[key] for run in self.runs[arm])
+        return marks.count("1"), len(marks)
+
+    def share(self, arm: str, key: str = "right") -> float:
+        ones, n = self.count(arm, key)
+        return ones / n
+
+    def mean(self, arm: str, key: str) -> float | None:
+        known = [run[key] for run in self.runs[arm] if run.get(key) is not None]
+        return sum(known) / len(known) if known else None
+
+    def seeds(self, arm: str) -> int:
+        return len({run["seed"] for run in self.runs[arm]})
+
+    def ends(self, arm: str) -> tuple[str, str]:
+        """Start and teacher of its pair."""
+        student = ARMS[arm].student
+        return (
+            "untouched" if student in ("student", "teacher") else f"{student}-untouched"
+        ), "teacher"
+
+    def gap(self, arm: str, share: float | None = None) -> float | None:
+        """Gap recovered, (arm - start) / (teacher - start); of another share if one is given."""
+        if not self.of(*self.ends(arm)):
+            return None
+        start, top = (self.share(end) for end in self.ends(arm))
+        value = self.share(arm) if share is None else share
+        return (value - start) / (top - start) if top > start else None
+
+    def by_prompt(self, arm: str) -> np.ndarray:
+        """Share right of each prompt, over the seeds."""
+        return np.mean([[int(mark) for mark in run["right"]] for run in self.runs[arm]], axis=0)
+
+    def above(self, arm: str, other: str) -> tuple[float, float, float]:
+        """Difference in exact match, and its interval by a bootstrap over prompts."""
+        gain_P = self.by_prompt(arm) - self.by_prompt(other)
+        value, low, high = bootstrap(gain_P, np.ones(len(gain_P)), seed=0)
+        if value is None or low is None or high is None:
+            raise ValueError(f"expected at least two prompts, got {len(gain_P)}")
+        return value, low, high
+
+
+# ------------------------------------------------------------------- the rules
+def _span(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _gap(r: Results, arm: str) -> str:
+    low, high = (r.gap(arm, end) or 0.0 for end in wilson(*r.count(arm)))
+    return _span(r.gap(arm) or 0.0, low, high)
+
+
+def _recovers(r: Results) -> tuple[bool, str]:
+    return (r.gap("gold") or 0.0) >= GAP, f"gap recovered {_gap(r, 'gold')}"
+
+
+def _beats(rival: str) -> Callable[[Results], tuple[bool, str]]:
+    def rule(r: Results) -> tuple[bool, str]:
+        value, low, high = r.above("gold", rival)
+        holds = low > 0
+        if rival in FAR:
+            holds = holds and wilson(*r.count("gold"))[0] > wilson(*r.count(rival))[1]
+        return holds, f"exact match higher by {_span(value, low, high)}"
+
+    return rule
+
+
+def _mask_keeps(r: Results) -> tuple[bool, str]:
+    for mask in MASKS:
+        share = r.mean(mask, "trained_fraction") if r.of(mask) else None
+        if share is not None and share <= SHARE:
+            break
+    else:
+        return False, f"no mask of {', '.join(MASKS)} trained at most {SHARE:.0%}"
+    random = f"random-{'sampled' if mask == 'gold' else mask.replace('soft-or', 'divergence')}"
+    start = r.share("untouched")
+    kept = (r.share(mask) - start) / max(r.share("all") - start, 1e-9)
+    _, low, _ = r.above(mask, random) if r.of(random) else (0.0, 0.0, 0.0)
+    cheaper = all(
+        r.mean(mask, key) < r.mean("all", key) for key in ("cpu_seconds", "peak_memory_gib")
+    )
+    words = (
+        f"{mask}: {share:.0%} of the chunks keep {kept:.0%} of the gain; "
+        f"{'above' if low > 0 else 'not above'} {random}; "
+        f"{'less' if cheaper else 'not less'} time and memory"
+    )
+    return kept >= GAIN and low > 0 and cheaper, words
+
+
+def _as_teacher(key: str) -> Callable[[Results], tuple[bool, str]]:
+    def rule(r: Results) -> tuple[bool, str]:
+        own, theirs = r.share("gold", key), r.share("teacher", key)
+        return own >= theirs - SLACK, f"{own:.3f}, teacher {theirs:.3f}"
+
+    return rule
+
+
+def _fails(control: str) -> Callable[[Results], tuple[bool, str]]:
+    def rule(r: Results) -> tuple[bool, str]:
+        high = r.gap(control, wilson(*r.count(control))[1]) or 0.0
+        return high <= CONTROL, f"gap recovered {_gap(r, control)}"
+
+    return rule
+
+
+def _above_random(random: str) -> Callable[[Results], tuple[bool, str]]:
+    mask = random.removeprefix("random-")
+
+    def rule(r: Results) -> tuple[bool, str]:
+        value, low, high = r.above("gold" if mask == "sampled" else mask, random)
+        return low > 0, f"the mask is higher by {_span(value, low, high)}"
+
+    return rule
+
+
+def _same(r: Results) -> tuple[bool, str]:
+    value, low, high = r.above("same-gold", "same-gkd")
+    return low <= 0 <= high and abs(value) <= 0.05, f"differs by {_span(value, low, high)}"
+
+
+Rule = tuple[str, str, Sequence[str], Callable[[Results], tuple[bool, str]]]
+
+
+def rules() -> list[Rule]:
+    """Key of the rule, what it says, the arms that it needs, and how it is decided."""
+    ends = ("teacher", "untouched", "gold")
+    return [
+        ("a", f"the default recovers at least {GAP:.0%} of the gap", ends, _recovers),
+        *(("a", f"more than `{x}`" + (", without overlap" if x in FAR else ""), (*ends, x),
+           _beats(x)) for x in RIVALS),
+        ("b", MASK_RULE, (*ends, "all"), _mask_keeps),
+        ("c", "the student stops as often as the teacher", ends, _as_teacher("stopped")),
+        ("d", "code is as well indented as the teacher's", ends, _as_teacher("indented")),
+        *(("control", f"`{x}` fails", (*ends, x), _fails(x)) for x in CONTROLS),
+        *(("mask", f"beats `{x}`", (x, "gold" if x == "random-sampled" else x[7:]),
+           _above_random(x)) for x in ARMS if x.startswith("random-")),
+        ("positive", "with one tokenizer, minigold is GKD", ("same-gold", "same-gkd"), _same),
+    ]  # fmt: skip
+
+
+def verdicts(r: Results, keys: Sequence[str] = ()) -> list[tuple[str, str, str, str]]:
+    """Key, rule, verdict, figures. `keys`: those that are of interest; none is all of them."""
+    rows = []
+    for key, told, needs, decide in rules():
+        if keys and key not in keys:
+            continue
+        if not r.of(*needs):
+            rows.append((key, told, NOT_RUN, ""))
+            continue
+        holds, words = decide(r)
+        n = min(r.seeds(arm) for arm in needs if ARMS[arm].trains)
+        mark = "holds" if holds else "**fails**"
+        rows.append((key, told, mark + ("" if n >= 3 else f" ({n} seed{'s' * (n > 1)})"), words))
+    return rows
+
+
+# ------------------------------------------------------------------- the page
+HEADS = ("arm", "seeds", "exact match (95 %)", "gap", "rKL/byte", "bits/byte", "stops", "tokens",
+         "repeats", "indented", "trained", "cpu s", "GiB")  # fmt: skip
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def table(r: Results) -> str:
+    """Markdown: one row an arm, in the order of `ARMS`, under its group."""
+    lines = ["| " + " | ".join(HEADS) + " |", "|---|" + "--:|" * (len(HEADS) - 1)]
+    group = ""
+    for name, arm in ARMS.items():
+        if arm.group != group:
+            group = arm.group
+            lines.append(f"| *{group}* |" + " |" * (len(HEADS) - 1))
+        if not r.of(name):
+            lines.append(f"| {name} | 0 | {NOT_RUN} |" + " |" * (len(HEADS) - 3))
+            continue
+        low, high = wilson(*r.count(name))
+        failed = any(run.get("failed") for run in r.runs[name])
+        cells = [
+            name + (" †" if failed else ""), str(r.seeds(name)),
+            f"{r.share(name):.3f} ({low:.3f}–{high:.3f})", _number(r.gap(name), ".2f"),
+            _number(r.mean(name, "reverse_kl_per_byte"), ".4f"),
+            _number(r.mean(name, "bits_per_byte_student"), ".3f"),
+            f"{r.share(name, 'stopped'):.3f}", _number(r.mean(name, "mean_tokens"), ".1f"),
+            _number(r.mean(name, "repetition"), ".3f"), f"{r.share(name, 'indented'):.3f}",
+            _number(r.mean(name, "trained_fraction"), ".2f"),
+            _number(r.mean(name, "cpu_seconds"), ".0f"),
+            _number(r.mean(name, "peak_memory_gib"), ".2f"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rules_table(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    lines = ["| | rule | verdict | figures |", "|---|---|---|---|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def tuning(r: Results) -> str:
+    """Markdown: exact match on the validation prompts by arm and learning rate."""
+    rates = sorted({run["lr"] for runs in r.runs.values() for run in runs})
+    lines = ["| arm | " + " | ".join(f"{lr:g}" for lr in rates) + " |"]
+    lines.append("|---|" + "--:|" * len(rates))
+    for arm, runs in r.runs.items():
+        of = {lr: [run for run in runs if run["lr"] == lr] for lr in rates}
+        cells = [f"{Results({arm: some}).share(arm):.3f}" if some else "–" for some in of.values()]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machines(r: Results) -> str:
+    """Where the runs were made, and how long they were."""
+    found = {json.dumps(run["machine"], sort_keys=True) for runs in r.runs.values() for run in runs}
+    steps = {run["steps"] for runs in r.runs.values() for run in runs if run["steps"]}
+    told = [
+        ", ".join(f"{key} {value}" for key, value in json.loads(one).items())
+        for one in sorted(found)
+    ]
+    n = sum(map(len, r.runs.values()))
+    few = ", ".join(map(str, sorted(steps))) if len(steps) < 4 else f"{min(steps)} to {max(steps)}"
+    return f"{n} runs of {few} steps. Made with: {'; '.join(told)}."
+
+
+def plot(r: Results) -> str:
+    """SVG: exact match of each arm with its interval, the teacher and the start as lines."""
+    names = [name for name in ARMS if r.of(name)]
+    left, width, row = 120, 420, 16
+    height = row * len(names) + 34
+
+    def x(share: float) -> float:
+        return left + share * width
+
+    parts = []
+    for mark in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<path stroke="#ccc" d="M{x(mark):.0f} 8V{height - 24}"/>')
+        parts.append(
+            f'<text x="{x(mark):.0f}" y="{height - 8}" text-anchor="middle">{mark:g}</text>'
+        )
+    for i, name in enumerate(names):
+        low, high = wilson(*r.count(name))
+        y, colour = (
+            18 + row * i,
+            "#b3402a" if ARMS[name].group in ("controls", "random") else "#0b5fa5",
+        )
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{name}</text>'
+            f'<path stroke="{colour}" d="M{x(low):.1f} {y}H{x(high):.1f}"/>'
+            f'<circle fill="{colour}" cx="{x(r.share(name)):.1f}" cy="{y}" r="3.5"/>'
+        )
+    style = '<style>text{font:11px sans-serif;fill:#333}path{stroke-width:1.5}</style><rect width="100%" height="100%" fill="#fff"/>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 24} {height}" '
+        f'role="img" aria-label="exact match by arm">{style}\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def part(name: str, r: Results) -> str:
+    """What stands between the markers of a folder."""
+    if not r.runs:
+        return f"{NOT_RUN}."
+    if name == "tune":
+        return f"{machines(r)}\n\n{tuning(r)}"
+    shown = () if name == "screen" else ("a",)
+    picture = f"\n\n![exact match by arm](results/{name}.svg)" if len(r.runs) > 1 else ""
+    return f"{machines(r)}\n\n{table(r)}{picture}\n\n{_rules_table(verdicts(r, shown))}"
+
+
+def page(text: str, parts: Mapping[str, str]) -> str:
+    """The page with its parts put between `<!-- name -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: a part without its markers.
+    """
+    for name, new in parts.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, n = pattern.subn(lambda found, new=new: f"{found[1]}{new}\n{found[2]}", text)
+        if n != 1:
+            raise ValueError(f"expected one <!-- {name} --> … <!-- end --> in the page, got {n}")
+    return text
+
+
+# ------------------------------------------------------------------- files
+def collect(folder: Path) -> list[Run]:
+    """The runs of a folder, in the order of `ARMS` and of seeds."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
+    order = list(ARMS)
+    return sorted(runs, key=lambda run: (order.index(run["arm"]), run["seed"]))
+
+
+def read(folder: Path, name: str) -> Results:
+    """Results of docs/results; none if there is no such file."""
+    path, runs = folder / f"{name}.json", {}
+    if path.is_file():
+        for run in json.loads(path.read_text(encoding="utf-8")):
+            runs.setdefault(run["arm"], []).append(run)
+    if runs and name == "equal-time":
+        others = read(folder, "screen").runs
+        runs = {arm: others[arm] for arm in SHARED if arm in others} | runs
+    return Results(runs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes docs/results and docs/experiments.md."""
+    parser = argparse.ArgumentParser(description="Tables, verdicts and plots of the experiments.")
+    parser.add_argument("--runs", type=Path, help="folder with " + ", ".join(FOLDERS))
+    parser.add_argument("--docs", type=Path, default=DOCS, help="has experiments.md")
+    args = parser.parse_args(argv)
+    results = args.docs / "results"
+    results.mkdir(exist_ok=True)
+    parts = {}
+    for name in FOLDERS:
+        if args.runs and (args.runs / name).is_dir():
+            lines = ",\n".join(
+                json.dumps(run, ensure_ascii=False) for run in collect(args.runs / name)
+            )
+            write_whole(results / f"{name}.json", f"[\n{lines}\n]\n".encode())
+        found = read(results, name)
+        parts[name] = part(name, found)
+        if found.runs and name != "tune":
+            write_whole(results / f"{name}.svg", plot(found).encode())
+    path = args.docs / "experiments.md"
+    write_whole(path, page(path.read_text(encoding="utf-8"), parts).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,540 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The screening of docs/experiments.md: each arm does what its name says, and tables add up."""
+
+import dataclasses
+import doctest
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minigold.train
+from minigold.load import load
+from minigold.pair import Pair, make_pair
+from minigold.rollout import collect, sample_answers
+from minigold.train import Step, distill
+from real_models import example
+
+screen = example("experiments/screen")
+table = example("experiments/table")
+arms, baselines, task = (sys.modules[name] for name in ("arms", "baselines", "task"))
+
+pytestmark = pytest.mark.unwatched  # tensors of the losses are held to their names elsewhere
+
+ARMS, TRAINED = arms.ARMS, [name for name, arm in arms.ARMS.items() if arm.trains]
+SMALL = dataclasses.replace(arms.BASE, batch_size=4, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of the screening after a hundredth of the training."""
+    folder = tmp_path_factory.mktemp("models")
+    task.make(folder, scale=0.01, say=lambda _text: None)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(screen, "BASE", SMALL)
+    yield
+    torch.set_num_threads(threads)
+
+
+def steps_of(name: str, models: Path, n: int = 1) -> tuple[list[Step], Pair]:
+    """The first steps of an arm, and its pair after them."""
+    arm, found, pairs = ARMS[name], [], []
+    config = dataclasses.replace(SMALL, **arm.changes, steps=n)
+    student, teacher = load(models / arm.student), load(models / arm.teacher)
+
+    def seen(pair: Pair, *args: Any, **kwargs: Any) -> Step:
+        pairs.append(pair)
+        return take(pair, *args, **kwargs)
+
+    take = minigold.train.take_step
+    with arms.replaced(arm), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minigold.train, "take_step", seen)
+        distill(
+            student, teacher, screen.rows_of(models, "held-out")[0], config, on_step=found.append
+        )
+    return found, pairs[0]
+
+
+# ------------------------------------------------------------------------- the task
+def test_answers_are_code_with_the_demos_numbers() -> None:
+    shapes = set()
+    for row, plain in zip(task.held_out(), task.demo_task.held_out(), strict=True):
+        first, second = plain.answer.split(", ")
+        name = row.prompt.split(":")[0]
+        assert row.answer == task.answer(name, first, second)
+        assert row.answer.index(first) <= row.answer.rindex(second)
+        assert name in row.answer and task.well_indented(row.answer)
+        shapes.add(row.answer.count("\n"))
+    assert shapes == {1, 2, 3}
+    assert not {p.prompt for p in task.held_out()} & {p.prompt for p in task.prompts()}
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.data())
+def test_indentation_is_judged_line_by_line(depths: list[int], data: st.DataObject) -> None:
+    """A line opens a level exactly if the next one stands deeper; any other change is seen."""
+    levels = [0]
+    for depth in depths:
+        levels.append(min(depth, levels[-1] + 1))
+    lines = [
+        " " * 4 * level + ("if a:" if after > level else "a")
+        for level, after in zip(levels, [*levels[1:], 0], strict=True)
+    ]
+    assert task.well_indented("\n".join(lines))
+    place = data.draw(st.integers(0, len(lines) - 1))
+    opens = lines[place].endswith(":")
+    for wrong in (
+        " " + lines[place],
+        "",
+        lines[place][:-1] if opens else f"{lines[place]}\n     a",
+    ):
+        assert not task.well_indented("\n".join([*lines[:place], wrong, *lines[place + 1 :]]))
+
+
+def test_indentation_has_no_token_in_common() -> None:
+    student, teacher = task.student_tokenizer(), task.teacher_tokenizer()
+    text = "\n        return ten"
+    ours, theirs = (one.encode(text, add_special_tokens=False).tokens for one in (student, teacher))
+    assert ours[:2] == ["\n", "▁" * 8] and theirs[:2] == ["Ċ" + "Ġ" * 7, "Ġreturn"]
+
+
+# ------------------------------------------------------------------------- the arms
+@pytest.mark.parametrize("name", TRAINED)
+def test_each_arm_trains(name: str, models: Path) -> None:
+    (first, second), pair = steps_of(name, models, n=2)
+    before = load(models / ARMS[name].student).decoder.state_dict()
+    assert not first.wrong and not second.wrong
+    assert math.isfinite(second.metrics["loss"])
+    assert any(
+        not torch.equal(x, before[key]) for key, x in pair.student.decoder.state_dict().items()
+    )
+
+
+def logits_of(pair: Pair, rollout: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of both models, by one plain pass each; row i predicts token i of the answer."""
+    answer, both = rollout.answer, []
+    for model, told, ids in (
+        (pair.student, answer.prompt_ids, answer.ids),
+        (pair.teacher, answer.teacher_prompt_ids, answer.teacher_ids),
+    ):
+        hidden_SD = model.decoder(torch.tensor([[*told, *ids]]))[0]
+        both.append(model.decoder.head.logits(hidden_SD[len(told) - 1 :]))
+    return both[0], both[1]
+
+
+def read(name: str, models: Path) -> tuple[Pair, list[Any], Any]:
+    arm = ARMS[name]
+    config = dataclasses.replace(SMALL, **arm.changes)
+    student, teacher = load(models / arm.student), load(models / arm.teacher)
+    with arms.replaced(arm):
+        pair = make_pair(student, teacher, events=config.events)
+        rows = screen.rows_of(models, "held-out")[0][:6]
+        answers, side = sample_answers(pair, rows, config, number=1)
+        return pair, collect(pair, answers, side, config), config
+
+
+def rival(name: str, pair: Pair, rollout: Any) -> tuple[torch.Tensor, int]:
+    """The loss of `baselines.py` on one answer, and the tokens it is a mean over."""
+    answer, (student_NV, teacher_MW) = rollout.answer, logits_of(pair, rollout)
+    n, end = len(answer.ids) - answer.finished, len(rollout.chunks.s0) - answer.finished
+    chunks = type(rollout.chunks)(*(column[:end] for column in rollout.chunks))
+    one = baselines.Answer(
+        student_NV[: n + 1], teacher_MW, answer.ids[:n], answer.teacher_ids, chunks
+    )
+    if name == "uld":
+        return baselines.uld(one), 1
+    if name == "bpm":
+        from minigold.offsets import vocabulary
+
+        found = [vocabulary(m.tokenizer, end_ids=m.eos_ids) for m in (pair.student, pair.teacher)]
+        texts = [
+            [b if role == "text" else b"" for b, role in zip(v.token_bytes, v.roles, strict=True)]
+            for v in found
+        ]
+        stops = {"student_stop": pair.student.end_id, "teacher_stops": pair.teacher.eos_ids}
+        made = baselines.prefixes(*texts, **stops)
+        size = len(answer.ids)
+        return baselines.bpm(one, table=made, stopped=answer.finished) * size, size
+    merge = "bayesian" if name == "trl-bayesian" else "observed"
+    vocabs = (m.tokenizer.get_vocab() for m in (pair.student, pair.teacher))
+    return baselines.trl_gold(one, matched=baselines.matched_by_string(*vocabs), merge=merge), 1
+
+
+@pytest.mark.parametrize("name", ["uld", "trl-gold", "trl-gold-on", "trl-bayesian", "bpm"])
+def test_rivals_are_the_baselines(name: str, models: Path) -> None:
+    pair, rollouts, config = read(name, models)
+    pair.student.decoder.requires_grad_(True)
+    done = arms.whole_pass(ARMS[name])(pair, rollouts, [r.scorable_C for r in rollouts], config)
+    gradient = torch.cat([p.grad.ravel() for p in pair.student.decoder.parameters()])
+    pair.student.decoder.zero_grad()
+    losses, sizes = zip(*(rival(name, pair, r) for r in rollouts), strict=True)
+    mean = torch.stack(losses).sum() / sum(sizes)
+    assert done.loss == pytest.approx(mean.item(), rel=1e-4, abs=1e-6)
+    mean.backward()
+    other = torch.cat([p.grad.ravel() for p in pair.student.decoder.parameters()])
+    torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+    assert gradient.norm().item() > 0
+
+
+def test_trl_ships_with_teacher_text_and_a_cut_distribution(models: Path) -> None:
+    steps, _ = steps_of("trl-gold", models, n=6)
+    shares = [step.metrics["off_policy_fraction"] for step in steps]
+    assert 0 < np.mean(shares) < 1
+    assert (arms.TRL_SAMPLING["temperature"], arms.TRL_SAMPLING["top_p"]) == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("name", ["fine-tuned", "off-policy"])
+def test_off_policy_arms_read_what_the_teacher_wrote(name: str, models: Path) -> None:
+    ((step,), _) = steps_of(name, models)
+    written = {p.prompt: p.completion for p in task.read_texts(models, "train")}
+    assert step.metrics["off_policy_fraction"] == 1
+    assert all(r.answer.text == written[r.answer.prompt.prompt] for r in step.rollouts)
+
+
+def test_fine_tuning_is_cross_entropy(models: Path) -> None:
+    pair, rollouts, config = read("fine-tuned", models)
+    done = arms.whole_pass(ARMS["fine-tuned"])(pair, rollouts, [], config)
+    logps = [
+        logits_of(pair, r)[0].log_softmax(-1)[range(len(r.answer.ids)), r.answer.ids].sum().item()
+        for r in rollouts
+    ]
+    tokens = sum(len(r.answer.ids) for r in rollouts)
+    assert done.loss == pytest.approx(-sum(logps) / tokens, rel=1e-4)
+
+
+def test_suppression_lowers_unlikely_tokens_and_reads_no_teacher() -> None:
+    logits = torch.tensor([[2.0, 0.0, -3.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    rollout = SimpleNamespace(answer=SimpleNamespace(ids=[2]))
+    loss = arms.suppress_loss(None)(rollout, logits, None)
+    assert loss.item() == pytest.approx(logits[0].log_softmax(-1)[2].item())
+    loss.backward()
+    assert logits.grad[0, 2] > 0 > logits.grad[0, 0]  # descent lowers the token that was sampled
+    likely = arms.suppress_loss(None)(
+        SimpleNamespace(answer=SimpleNamespace(ids=[0])), logits, None
+    )
+    assert likely.item() == 0
+
+
+def test_parts_are_left_out_and_nothing_else(models: Path) -> None:
+    _, whole, _ = read("gold", models)
+    assert any(r.observed_C.any() for r in whole)
+    assert any(r.student_stay_C.any() or r.score.carried for r in whole)
+    _, bare, _ = read("no-observed", models)
+    assert not any(r.observed_C.any() for r in bare)
+    assert [r.answer.ids for r in bare] == [r.answer.ids for r in whole]
+    for a, b in zip(bare, whole, strict=True):
+        np.testing.assert_array_equal(a.teacher_logp_C, b.teacher_logp_C)
+    _, bare, _ = read("no-carry", models)
+    assert not any(
+        r.student_stay_C.any() or r.teacher_stay_C.any() or r.score.carried for r in bare
+    )
+    assert any(r.observed_C.any() for r in bare)
+
+
+def test_controls_spoil_what_they_say(models: Path) -> None:
+    pair, whole, _ = read("gold", models)
+    spoiled, _, _ = read("shuffled", models)
+    ours, theirs = pair.events.teacher.event_V, spoiled.events.teacher.event_V
+    torch.testing.assert_close(spoiled.events.student.event_V, pair.events.student.event_V)
+    renamed = {(int(a), int(b)) for a, b in zip(ours, theirs, strict=True)}
+    assert len(renamed) == len({a for a, _ in renamed}) == len({b for _, b in renamed})
+    assert sum(a == b for a, b in renamed) < 0.1 * len(renamed)
+    _, moved, _ = read("shifted", models)
+    for a, b in zip(moved, whole, strict=True):
+        assert a.answer.ids == b.answer.ids
+        text = slice(None, -1 if b.answer.finished else None)
+        assert (a.chunks.t0[text] == b.chunks.t0[text] + 1).mean() > 0.5 or len(b.chunks.t0) < 3
+    longest, _, _ = read("longest", models)
+    assert (longest.events.teacher.event_V != ours).any()
+
+
+def test_untaught_has_another_teacher_and_the_same_judge(models: Path) -> None:
+    _, pair = steps_of("untaught", models)
+    taught = load(models / "teacher").decoder.state_dict()
+    assert any(
+        not torch.equal(x, taught[key]) for key, x in pair.teacher.decoder.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name.startswith("random-")])
+def test_random_masks_train_as_many_chunks(name: str, models: Path) -> None:
+    mask = "gold" if name == "random-sampled" else name.removeprefix("random-")
+    ((drawn,), _), ((meant,), _) = (steps_of(one, models) for one in (name, mask))
+    counts = [sum(int(m.sum()) for m in step.chosen) for step in (drawn, meant)]
+    assert counts[0] == counts[1] > 0
+    places = [np.concatenate(step.chosen) for step in (drawn, meant)]
+    assert places[0].all() or (places[0] != places[1]).any()
+
+
+def test_one_tokenizer_is_gkd(models: Path) -> None:
+    gradients, losses = [], []
+    for name in ("same-gold", "same-gkd"):
+        pair, rollouts, config = read(name, models)
+        assert pair.events.identical
+        pair.student.decoder.requires_grad_(True)
+        every = [np.ones(len(r.chunks.s0), dtype=bool) for r in rollouts]
+        with arms.replaced(ARMS[name]):
+            train_pass = minigold.train.train_pass
+            losses.append(train_pass(pair, rollouts, every, config).loss)
+        gradients.append(torch.cat([p.grad.ravel() for p in pair.student.decoder.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+# ------------------------------------------------------------------------- runs
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = screen.rows_of
+    monkeypatch.setattr(
+        screen, "rows_of", lambda models, on: (whole(models, on)[0], whole(models, on)[1][:6])
+    )
+
+
+def test_a_run_is_one_small_file_that_is_not_made_twice(
+    models: Path, few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = screen.settings_of("gold", 3, steps=3, lr=1e-3, on="held-out")
+    line = ["--one", json.dumps(settings), "--models", str(models), "--out", str(tmp_path)]
+    assert screen.main(line) == 0
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert {key: found[key] for key in settings} == settings
+    assert path.name == "gold.seed3.json" and path.stat().st_size < 3000
+    assert {len(found[key]) for key in ("right", "stopped", "indented")} == {6}
+    assert [look["step"] for look in found["curve"]] == [3]
+    assert found["tokens"] == found["curve"][-1]["tokens"] > 0 < found["cpu_seconds"]
+
+    def no_more(*_args: Any) -> str:
+        raise AssertionError("it was run again")
+
+    monkeypatch.setattr(screen, "one_process", no_more)
+    again = ["--arms", "gold", "--seeds", "3", "--models", str(models), "--out", str(tmp_path)]
+    assert screen.main([*again, "--steps", "3", "--lr", "1e-3"]) == 0
+    with pytest.raises(ValueError, match=r"expected {'lr': 0.002} in .*, got {'lr': 0.001}; name"):
+        screen.main([*again, "--steps", "3"])
+
+
+def test_what_fails_is_told_and_what_is_done_stays(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran = []
+
+    def half(settings: dict[str, Any], path: Path, _models: Path) -> str:
+        ran.append(settings["arm"])
+        if settings["arm"] == "uld":
+            return "uld failed"
+        path.write_text(json.dumps(settings))
+        return "done"
+
+    monkeypatch.setattr(screen, "one_process", half)
+    line = ["--arms", "gold,uld,bpm", "--models", str(models), "--out", str(tmp_path)]
+    assert screen.main(line) == 1
+    assert "uld failed" in capsys.readouterr().out
+    assert screen.main(line) == 1
+    assert sorted(ran) == ["bpm", "gold", "uld", "uld"]
+
+
+def test_the_untouched_student_is_measured_as_it_is(models: Path, few: None) -> None:
+    for name in ("untouched", "teacher"):
+        settings = screen.settings_of(name, 0, steps=9, lr=1e-3, on="held-out")
+        assert settings["steps"] == 0
+        found = screen.run(settings, models)
+        assert "cpu_seconds" not in found
+    assert found["reverse_kl_per_byte"] == pytest.approx(0, abs=1e-6)  # the teacher beside itself
+
+
+def test_validation_prompts_are_not_trained_on(models: Path) -> None:
+    train, validation = screen.rows_of(models, "validation")
+    assert not {p.prompt for p in train} & {p.prompt for p in validation}
+    same, test = screen.rows_of(models, "held-out")
+    assert same == train and not {p.prompt for p in test} & {p.prompt for p in train}
+
+
+def test_equal_time_gives_a_slow_arm_fewer_steps(tmp_path: Path) -> None:
+    for name, seconds in (("gold", 100.0), ("bpm", 400.0), ("untouched", 1.0)):
+        row = {"steps": 250 if name != "untouched" else 0, "cpu_seconds": seconds}
+        (tmp_path / f"{name}.seed0.json").write_text(json.dumps(row))
+    assert screen.steps_for("bpm", 0, tmp_path) == 62
+    assert screen.steps_for("gold", 0, tmp_path) == 250
+    with pytest.raises(ValueError, match=r"expected the run .*uld.seed0.json, found none; run it"):
+        screen.steps_for("uld", 0, tmp_path)
+    with pytest.raises(ValueError, match="expected an arm that is trained, got 'untouched'"):
+        screen.steps_for("untouched", 0, tmp_path)
+
+
+def test_an_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        screen.main(["--arms", "golden", "--out", str(tmp_path)])
+    assert "expected --arms out of teacher, untouched, gold" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------- tables
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
+     (1, 29, 0.0061, 0.1718)],
+)  # fmt: skip
+def test_wilson_is_newcombes_table(right: int, n: int, low: float, high: float) -> None:
+    """Table I of Newcombe 1998, method 3."""
+    assert table.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 300), st.data())
+def test_wilson_holds_its_share_and_mirrors(n: int, data: st.DataObject) -> None:
+    right = data.draw(st.integers(0, n))
+    low, high = table.wilson(right, n)
+    assert 0 <= low <= right / n <= high <= 1
+    assert table.wilson(n - right, n) == pytest.approx((1 - high, 1 - low))
+
+
+def test_wilson_refuses_what_is_no_share() -> None:
+    for right, n in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(
+            ValueError, match=f"expected 0 to n right of n >= 1, got {right} of {n}"
+        ):
+            table.wilson(right, n)
+
+
+def made(shares: dict[str, float], n: int = 200, seeds: int = 3, **more: Any) -> Any:
+    """Results in which an arm is right on the first of the prompts."""
+    runs = {}
+    for arm, share in shares.items():
+        k = round(share * n)
+        row = {"right": "1" * k + "0" * (n - k), "stopped": "1" * n, "indented": "1" * n,
+               "arm": arm, "steps": 250, "lr": 2e-3, "machine": {"cpu": "x"}, "cpu_seconds": 10.0,
+               "peak_memory_gib": 0.5, "trained_fraction": 0.3, **more.get(arm, {})}  # fmt: skip
+        runs[arm] = [{**row, "seed": seed} for seed in range(seeds)]
+    return table.Results(runs)
+
+
+def verdict(results: Any, told: str) -> str:
+    (found,) = [row[2] for row in table.verdicts(results) if told in row[1]]
+    return found
+
+
+ENDS = {"teacher": 0.9, "untouched": 0.1}
+
+
+def test_gap_is_a_share_of_the_way() -> None:
+    r = made({**ENDS, "gold": 0.5})
+    assert r.gap("gold") == pytest.approx(0.5)
+    assert made({"gold": 0.5}).gap("gold") is None
+    r = made({**ENDS, "same-untouched": 0.3, "same-gold": 0.6})
+    assert r.gap("same-gold") == pytest.approx(0.5)
+
+
+def test_rules_hold_and_fail() -> None:
+    r = made({**ENDS, "gold": 0.8, "uld": 0.3, "bpm": 0.8, "shifted": 0.12, "suppress": 0.5,
+              "random-sampled": 0.6, "same-gold": 0.7, "same-gkd": 0.7})  # fmt: skip
+    assert verdict(r, "at least 60%") == "holds"
+    assert verdict(r, "more than `uld`") == "holds"
+    assert verdict(r, "more than `bpm`") == "**fails**"  # a tie is no win
+    assert verdict(r, "more than `strict`") == "not run yet"
+    assert verdict(r, "`shifted` fails") == "holds"
+    assert verdict(r, "`suppress` fails") == "**fails**"
+    assert verdict(r, "beats `random-sampled`") == "holds"
+    assert verdict(r, "minigold is GKD") == "holds"
+    assert verdict(made({**ENDS, "gold": 0.5}), "at least 60%") == "**fails**"
+    assert verdict(made({**ENDS, "gold": 0.8}, seeds=2), "at least 60%") == "holds (2 seeds)"
+    assert verdict(made({"same-gold": 0.7, "same-gkd": 0.6}), "minigold is GKD") == "**fails**"
+
+
+def test_far_rivals_need_intervals_apart() -> None:
+    """A paired difference can be sure where the intervals still touch."""
+    shares = {**ENDS, "gold": 0.80, "uld": 0.76, "bpm": 0.76}
+    r = made(shares)
+    assert verdict(r, "more than `bpm`") == "holds"
+    assert verdict(r, "more than `uld`") == "**fails**"
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        ({}, True),
+        ({"gold": {"trained_fraction": 0.36}}, False),
+        ({"gold": {"peak_memory_gib": 0.7}}, False),
+        ({"gold": {"cpu_seconds": 13.0}}, False),
+    ],
+)
+def test_a_mask_must_be_small_and_cheaper(change: dict[str, Any], holds: bool) -> None:
+    more = {"all": {"cpu_seconds": 12.0, "peak_memory_gib": 0.6}, **change}
+    r = made({**ENDS, "gold": 0.8, "all": 0.8, "random-sampled": 0.6}, **more)
+    assert (verdict(r, "keep 95%") == "holds") == holds
+    r = made({**ENDS, "gold": 0.7, "all": 0.8, "random-sampled": 0.6}, **more)
+    assert verdict(r, "keep 95%") == "**fails**"
+    r = made({**ENDS, "gold": 0.8, "all": 0.8, "random-sampled": 0.8}, **more)
+    assert verdict(r, "keep 95%") == "**fails**"
+
+
+def test_stops_and_indentation_are_the_teachers() -> None:
+    fewer = {"gold": {"stopped": "1" * 190 + "0" * 10, "indented": "1" * 198 + "00"}}
+    r = made({**ENDS, "gold": 0.8}, **fewer)
+    assert verdict(r, "stops as often") == "**fails**"
+    assert verdict(r, "well indented") == "holds"
+
+
+def test_the_table_says_what_was_not_run() -> None:
+    text = table.table(made({**ENDS, "gold": 0.8}, gold={"failed": "NaN"}))
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    assert "0.800 (0.766–0.830) | 0.88" in lines["| gold †"]
+    assert "not run yet" in lines["| uld"] and len(lines) >= len(ARMS)
+    assert {line.count("|") for line in text.splitlines()} == {len(table.HEADS) + 1}
+    assert table.part("screen", table.Results({})) == "not run yet."
+
+
+def test_learning_rates_stand_side_by_side() -> None:
+    low, high = made({"uld": 0.25}), made({"uld": 0.5}, uld={"lr": 4e-3})
+    text = table.tuning(table.Results({"uld": [*low.runs["uld"], *high.runs["uld"]]}))
+    assert text.splitlines()[0] == "| arm | 0.002 | 0.004 |"
+    assert text.splitlines()[-1] == "| uld | 0.250 | 0.500 |"
+
+
+def test_the_page_is_made_between_markers(tmp_path: Path) -> None:
+    runs = tmp_path / "runs" / "screen"
+    runs.mkdir(parents=True)
+    for arm, (run, *_) in made({**ENDS, "gold": 0.8}, seeds=1).runs.items():
+        (runs / f"{arm}.seed0.json").write_text(json.dumps(run))
+    parts = "".join(f"<!-- {name} -->\nof before\n<!-- end -->\n" for name in table.FOLDERS)
+    (tmp_path / "experiments.md").write_text(f"before\n{parts}after\n")
+    table.main(["--runs", str(tmp_path / "runs"), "--docs", str(tmp_path)])
+    first = (tmp_path / "experiments.md").read_text()
+    assert first.startswith("before\n<!-- screen -->\n3 runs of 250 steps.")
+    assert first.endswith("<!-- end -->\nafter\n") and "of before" not in first
+    assert (tmp_path / "results" / "screen.svg").read_text().count("<circle") == 3
+    (tmp_path / "experiments.md").write_text(first)
+    table.main(["--docs", str(tmp_path)])  # from docs/results alone
+    assert (tmp_path / "experiments.md").read_text() == first
+    with pytest.raises(
+        ValueError, match=r"expected one <!-- tune --> … <!-- end --> in the page, got 0"
+    ):
+        table.page("nothing", {"tune": ""})
+
+
+def test_the_page_of_this_repository_is_what_its_results_say() -> None:
+    text = (table.DOCS / "experiments.md").read_text(encoding="utf-8")
+    results = {name: table.read(table.DOCS / "results", name) for name in table.FOLDERS}
+    parts = {name: table.part(name, found) for name, found in results.items()}
+    assert table.page(text, parts) == text
+
+
+def test_examples_in_docstrings() -> None:
+    for module in (table, task):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
