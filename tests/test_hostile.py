@@ -390,6 +390,7 @@ SET = "{% set ns = namespace(x='a', l=[1], n=3) %}"
 GREEDY = [
     ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "nothing after"),
     ("{% for a in range(99999) if messages in [messages] * 9999 %}{% endfor %}", "nothing after|more than"),
+    ("{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}", "nothing after"),
     ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}", "nothing af"),
     (SET + "{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "more than 4,194,304"),
     (SET + "{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", "more than 4,194,304"),
