@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 import minigold.train
 from minigold.load import load
+from minigold.offsets import vocabulary
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.train import Step, distill
@@ -31,14 +33,14 @@ arms, baselines, task = (sys.modules[name] for name in ("arms", "baselines", "ta
 pytestmark = pytest.mark.unwatched  # tensors of the losses are held to their names elsewhere
 
 ARMS, TRAINED = arms.ARMS, [name for name, arm in arms.ARMS.items() if arm.trains]
-SMALL = dataclasses.replace(arms.BASE, batch_size=4, max_new_tokens=24)
+SMALL = dataclasses.replace(arms.BASE, batch_size=4, max_new_tokens=16)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders of the screening after a hundredth of the training."""
+    """The folders of the screening after a few steps of training."""
     folder = tmp_path_factory.mktemp("models")
-    task.make(folder, scale=0.01, say=lambda _text: None)
+    task.make(folder, scale=0.003, say=lambda _text: None)
     return folder
 
 
@@ -51,7 +53,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def steps_of(name: str, models: Path, n: int = 1) -> tuple[list[Step], Pair]:
+@cache
+def steps_of(name: str, models: Path, n: int = 2) -> tuple[list[Step], Pair]:
     """The first steps of an arm, and its pair after them."""
     arm, found, pairs = ARMS[name], [], []
     config = dataclasses.replace(SMALL, **arm.changes, steps=n)
@@ -65,7 +68,11 @@ def steps_of(name: str, models: Path, n: int = 1) -> tuple[list[Step], Pair]:
     with arms.replaced(arm), pytest.MonkeyPatch.context() as patch:
         patch.setattr(minigold.train, "take_step", seen)
         distill(
-            student, teacher, screen.rows_of(models, "held-out")[0], config, on_step=found.append
+            student,
+            teacher,
+            screen.rows_of(models, "held-out")[0][:12],
+            config,
+            on_step=found.append,
         )
     return found, pairs[0]
 
@@ -105,6 +112,13 @@ def test_indentation_is_judged_line_by_line(depths: list[int], data: st.DataObje
         assert not task.well_indented("\n".join([*lines[:place], wrong, *lines[place + 1 :]]))
 
 
+def test_no_two_tokens_of_the_student_stand_for_the_same_bytes() -> None:
+    """Gemma has such ids, and BPM takes the first for all: it would be judged by that alone."""
+    for apart in (False, True):
+        spelled = [x for x in vocabulary(task.student_tokenizer(apart=apart)).token_bytes if x]
+        assert len(spelled) == len(set(spelled)) > 256
+
+
 def test_indentation_has_no_token_in_common() -> None:
     student, teacher = task.student_tokenizer(), task.teacher_tokenizer()
     text = "\n        return ten"
@@ -115,7 +129,7 @@ def test_indentation_has_no_token_in_common() -> None:
 # ------------------------------------------------------------------------- the arms
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_arm_trains(name: str, models: Path) -> None:
-    (first, second), pair = steps_of(name, models, n=2)
+    (first, second), pair = steps_of(name, models)
     before = load(models / ARMS[name].student).decoder.state_dict()
     assert not first.wrong and not second.wrong
     assert math.isfinite(second.metrics["loss"])
@@ -158,8 +172,6 @@ def rival(name: str, pair: Pair, rollout: Any) -> tuple[torch.Tensor, int]:
     if name == "uld":
         return baselines.uld(one), 1
     if name == "bpm":
-        from minigold.offsets import vocabulary
-
         found = [vocabulary(m.tokenizer, end_ids=m.eos_ids) for m in (pair.student, pair.teacher)]
         texts = [
             [b if role == "text" else b"" for b, role in zip(v.token_bytes, v.roles, strict=True)]
@@ -183,7 +195,7 @@ def test_rivals_are_the_baselines(name: str, models: Path) -> None:
     pair.student.decoder.zero_grad()
     losses, sizes = zip(*(rival(name, pair, r) for r in rollouts), strict=True)
     mean = torch.stack(losses).sum() / sum(sizes)
-    assert done.loss == pytest.approx(float(mean), rel=1e-4, abs=1e-6)
+    assert done.loss == pytest.approx(float(mean.detach()), rel=1e-4, abs=1e-6)
     mean.backward()
     other = torch.cat([p.grad.ravel() for p in pair.student.decoder.parameters()])
     torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
@@ -191,7 +203,7 @@ def test_rivals_are_the_baselines(name: str, models: Path) -> None:
 
 
 def test_trl_ships_with_teacher_text_and_a_cut_distribution(models: Path) -> None:
-    steps, _ = steps_of("trl-gold", models, n=6)
+    steps, _ = steps_of("trl-gold", models, n=4)
     shares = [step.metrics["off_policy_fraction"] for step in steps]
     assert 0 < np.mean(shares) < 1
     assert (arms.TRL_SAMPLING["temperature"], arms.TRL_SAMPLING["top_p"]) == (0.9, 0.95)
@@ -199,7 +211,7 @@ def test_trl_ships_with_teacher_text_and_a_cut_distribution(models: Path) -> Non
 
 @pytest.mark.parametrize("name", ["fine-tuned", "off-policy"])
 def test_off_policy_arms_read_what_the_teacher_wrote(name: str, models: Path) -> None:
-    ((step,), _) = steps_of(name, models)
+    (step, _), _ = steps_of(name, models)
     written = {p.prompt: p.completion for p in task.read_texts(models, "train")}
     assert step.metrics["off_policy_fraction"] == 1
     assert all(r.answer.text == written[r.answer.prompt.prompt] for r in step.rollouts)
@@ -209,7 +221,12 @@ def test_fine_tuning_is_cross_entropy(models: Path) -> None:
     pair, rollouts, config = read("fine-tuned", models)
     done = arms.whole_pass(ARMS["fine-tuned"])(pair, rollouts, [], config)
     logps = [
-        float(logits_of(pair, r)[0].log_softmax(-1)[range(len(r.answer.ids)), r.answer.ids].sum())
+        float(
+            logits_of(pair, r)[0]
+            .detach()
+            .log_softmax(-1)[range(len(r.answer.ids)), r.answer.ids]
+            .sum()
+        )
         for r in rollouts
     ]
     tokens = sum(len(r.answer.ids) for r in rollouts)
@@ -220,13 +237,13 @@ def test_suppression_lowers_unlikely_tokens_and_reads_no_teacher() -> None:
     logits = torch.tensor([[2.0, 0.0, -3.0], [0.0, 0.0, 0.0]], requires_grad=True)
     rollout = SimpleNamespace(answer=SimpleNamespace(ids=[2]))
     loss = arms.suppress_loss(None)(rollout, logits, None)
-    assert float(loss) == pytest.approx(float(logits[0].log_softmax(-1)[2]))
+    assert float(loss.detach()) == pytest.approx(float(logits[0].detach().log_softmax(-1)[2]))
     loss.backward()
     assert logits.grad[0, 2] > 0 > logits.grad[0, 0]  # descent lowers the token that was sampled
     likely = arms.suppress_loss(None)(
         SimpleNamespace(answer=SimpleNamespace(ids=[0])), logits, None
     )
-    assert float(likely) == 0
+    assert float(likely.detach()) == 0
 
 
 def test_parts_are_left_out_and_nothing_else(models: Path) -> None:
@@ -273,7 +290,7 @@ def test_untaught_has_another_teacher_and_the_same_judge(models: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in ARMS if name.startswith("random-")])
 def test_random_masks_train_as_many_chunks(name: str, models: Path) -> None:
     mask = "gold" if name == "random-sampled" else name.removeprefix("random-")
-    ((drawn,), _), ((meant,), _) = (steps_of(one, models) for one in (name, mask))
+    (drawn, meant) = (steps_of(one, models)[0][0] for one in (name, mask))
     counts = [sum(int(m.sum()) for m in step.chosen) for step in (drawn, meant)]
     assert counts[0] == counts[1] > 0
     places = [np.concatenate(step.chosen) for step in (drawn, meant)]
@@ -400,7 +417,7 @@ def test_wilson_is_newcombes_table(right: int, n: int, low: float, high: float) 
 def test_wilson_holds_its_share_and_mirrors(n: int, data: st.DataObject) -> None:
     right = data.draw(st.integers(0, n))
     low, high = table.wilson(right, n)
-    assert 0 <= low <= right / n <= high <= 1
+    assert 0 <= low <= right / n + 1e-12 and right / n - 1e-12 <= high <= 1
     assert table.wilson(n - right, n) == pytest.approx((1 - high, 1 - low))
 
 
@@ -511,12 +528,12 @@ def test_the_page_is_made_between_markers(tmp_path: Path) -> None:
     runs.mkdir(parents=True)
     for arm, (run, *_) in made({**ENDS, "gold": 0.8}, seeds=1).runs.items():
         (runs / f"{arm}.seed0.json").write_text(json.dumps(run))
-    parts = "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in table.FOLDERS)
+    parts = "".join(f"<!-- {name} -->\nstale\n<!-- end -->\n" for name in table.FOLDERS)
     (tmp_path / "experiments.md").write_text(f"before\n{parts}after\n")
     table.main(["--runs", str(tmp_path / "runs"), "--docs", str(tmp_path)])
     first = (tmp_path / "experiments.md").read_text()
     assert first.startswith("before\n<!-- screen -->\n3 runs of 250 steps.")
-    assert first.endswith("<!-- end -->\nafter\n") and "old" not in first
+    assert first.endswith("<!-- end -->\nafter\n") and "stale" not in first
     assert (tmp_path / "results" / "screen.svg").read_text().count("<circle") == 3
     (tmp_path / "experiments.md").write_text(first)
     table.main(["--docs", str(tmp_path)])  # from docs/results alone
