@@ -345,9 +345,11 @@ def _restore(run: Run, steps: int) -> None:
         _load_student(run.pair.student, run.last)
         try:
             stored = load_file(run.last / OPTIMIZER)
+            set_moments(run.pair.student.decoder, run.optimizer, stored)
+        except ValueError as error:
+            raise ValueError(f"{run.last}: {error}") from error
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"expected tensors in {run.last / OPTIMIZER}, got {error}") from error
-        set_moments(run.pair.student.decoder, run.optimizer, stored)
     for name, size in sizes.items():
         if (run.out / name).exists():
             os.truncate(run.out / name, size)

@@ -5,6 +5,7 @@ All is drawn from the `random.Random` that is given.
 """
 
 import base64
+import copy
 import json
 import math
 import random
@@ -53,7 +54,7 @@ def _near(value: Any, rng: random.Random) -> Any:
         return rng.choice(
             [value[::-1], value[1:], value * 2, value[:1] * 50, [value], dict.fromkeys("ab", value)]
         )
-    return rng.choice(STRANGE)
+    return copy.deepcopy(rng.choice(STRANGE))
 
 
 def changed(value: Any, rng: random.Random) -> Any:
@@ -62,11 +63,11 @@ def changed(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice([1, 1, 1, 2, 3, 4])):
         way = _place(value, rng)
         if not way:
-            return rng.choice(STRANGE)
+            return copy.deepcopy(rng.choice(STRANGE))
         *way, key = way
         holder, kind = _at(value, way), rng.randrange(10)
         if kind < 4:
-            holder[key] = rng.choice(STRANGE)
+            holder[key] = copy.deepcopy(rng.choice(STRANGE))
         elif kind < 6:
             holder[key] = _near(holder[key], rng)
         elif kind == 6:
@@ -179,7 +180,7 @@ def _change_entry(header: dict[str, Any], size: int, rng: random.Random) -> None
         twin = rng.choice(list(header))
         header[name], header[twin] = header[twin], entry
     elif kind == 7:
-        header[name] = rng.choice(STRANGE)
+        header[name] = copy.deepcopy(rng.choice(STRANGE))
     else:
         del header[name]
 

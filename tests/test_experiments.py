@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 import minigold.train
 from minigold.load import load
+from minigold.offsets import vocabulary
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.train import Step, distill
@@ -31,14 +33,14 @@ arms, baselines, task = (sys.modules[name] for name in ("arms", "baselines", "ta
 pytestmark = pytest.mark.unwatched  # tensors of the losses are held to their names elsewhere
 
 ARMS, TRAINED = arms.ARMS, [name for name, arm in arms.ARMS.items() if arm.trains]
-SMALL = dataclasses.replace(arms.BASE, batch_size=4, max_new_tokens=24)
+SMALL = dataclasses.replace(arms.BASE, batch_size=4, max_new_tokens=16)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders of the screening after a hundredth of the training."""
+    """The folders of the screening after a few steps of training."""
     folder = tmp_path_factory.mktemp("models")
-    task.make(folder, scale=0.01, say=lambda _text: None)
+    task.make(folder, scale=0.003, say=lambda _text: None)
     return folder
 
 
@@ -51,7 +53,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def steps_of(name: str, models: Path, n: int = 1) -> tuple[list[Step], Pair]:
+@cache
+def steps_of(name: str, models: Path, n: int = 2) -> tuple[list[Step], Pair]:
     """The first steps of an arm, and its pair after them."""
     arm, found, pairs = ARMS[name], [], []
     config = dataclasses.replace(SMALL, **arm.changes, steps=n)
@@ -65,7 +68,11 @@ def steps_of(name: str, models: Path, n: int = 1) -> tuple[list[Step], Pair]:
     with arms.replaced(arm), pytest.MonkeyPatch.context() as patch:
         patch.setattr(minigold.train, "take_step", seen)
         distill(
-            student, teacher, screen.rows_of(models, "held-out")[0], config, on_step=found.append
+            student,
+            teacher,
+            screen.rows_of(models, "held-out")[0][:12],
+            config,
+            on_step=found.append,
         )
     return found, pairs[0]
 
@@ -105,6 +112,13 @@ def test_indentation_is_judged_line_by_line(depths: list[int], data: st.DataObje
         assert not task.well_indented("\n".join([*lines[:place], wrong, *lines[place + 1 :]]))
 
 
+def test_no_two_tokens_of_the_student_stand_for_the_same_bytes() -> None:
+    """Gemma has such ids, and BPM takes the first for all: it would be judged by that alone."""
+    for apart in (False, True):
+        spelled = [x for x in vocabulary(task.student_tokenizer(apart=apart)).token_bytes if x]
+        assert len(spelled) == len(set(spelled)) > 256
+
+
 def test_indentation_has_no_token_in_common() -> None:
     student, teacher = task.student_tokenizer(), task.teacher_tokenizer()
     text = "\n        return ten"
@@ -115,7 +129,7 @@ def test_indentation_has_no_token_in_common() -> None:
 # ------------------------------------------------------------------------- the arms
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_arm_trains(name: str, models: Path) -> None:
-    (first, second), pair = steps_of(name, models, n=2)
+    (first, second), pair = steps_of(name, models)
     before = load(models / ARMS[name].student).decoder.state_dict()
     assert not first.wrong and not second.wrong
     assert math.isfinite(second.metrics["loss"])
@@ -158,8 +172,6 @@ def rival(name: str, pair: Pair, rollout: Any) -> tuple[torch.Tensor, int]:
     if name == "uld":
         return baselines.uld(one), 1
     if name == "bpm":
-        from minigold.offsets import vocabulary
-
         found = [vocabulary(m.tokenizer, end_ids=m.eos_ids) for m in (pair.student, pair.teacher)]
         texts = [
             [b if role == "text" else b"" for b, role in zip(v.token_bytes, v.roles, strict=True)]
@@ -191,7 +203,7 @@ def test_rivals_are_the_baselines(name: str, models: Path) -> None:
 
 
 def test_trl_ships_with_teacher_text_and_a_cut_distribution(models: Path) -> None:
-    steps, _ = steps_of("trl-gold", models, n=6)
+    steps, _ = steps_of("trl-gold", models, n=4)
     shares = [step.metrics["off_policy_fraction"] for step in steps]
     assert 0 < np.mean(shares) < 1
     assert (arms.TRL_SAMPLING["temperature"], arms.TRL_SAMPLING["top_p"]) == (0.9, 0.95)
@@ -199,7 +211,7 @@ def test_trl_ships_with_teacher_text_and_a_cut_distribution(models: Path) -> Non
 
 @pytest.mark.parametrize("name", ["fine-tuned", "off-policy"])
 def test_off_policy_arms_read_what_the_teacher_wrote(name: str, models: Path) -> None:
-    ((step,), _) = steps_of(name, models)
+    (step, _), _ = steps_of(name, models)
     written = {p.prompt: p.completion for p in task.read_texts(models, "train")}
     assert step.metrics["off_policy_fraction"] == 1
     assert all(r.answer.text == written[r.answer.prompt.prompt] for r in step.rollouts)
@@ -273,7 +285,7 @@ def test_untaught_has_another_teacher_and_the_same_judge(models: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in ARMS if name.startswith("random-")])
 def test_random_masks_train_as_many_chunks(name: str, models: Path) -> None:
     mask = "gold" if name == "random-sampled" else name.removeprefix("random-")
-    ((drawn,), _), ((meant,), _) = (steps_of(one, models) for one in (name, mask))
+    (drawn, meant) = (steps_of(one, models)[0][0] for one in (name, mask))
     counts = [sum(int(m.sum()) for m in step.chosen) for step in (drawn, meant)]
     assert counts[0] == counts[1] > 0
     places = [np.concatenate(step.chosen) for step in (drawn, meant)]
@@ -400,7 +412,7 @@ def test_wilson_is_newcombes_table(right: int, n: int, low: float, high: float) 
 def test_wilson_holds_its_share_and_mirrors(n: int, data: st.DataObject) -> None:
     right = data.draw(st.integers(0, n))
     low, high = table.wilson(right, n)
-    assert 0 <= low <= right / n <= high <= 1
+    assert 0 <= low <= right / n + 1e-12 and right / n - 1e-12 <= high <= 1
     assert table.wilson(n - right, n) == pytest.approx((1 - high, 1 - low))
 
 

@@ -70,6 +70,7 @@ N_WARM_UP = 8  # prompts whose answers the student has seen
 INDENT = 4
 MAX_NEW_TOKENS, CONTEXT = 72, 192
 MADE = "made"
+BYTES = [chr(byte).replace(" ", "▁") for byte in range(256)]
 FOLDERS = ("student", "teacher", "untaught", "apart", "same")
 
 
@@ -175,7 +176,8 @@ def student_tokenizer(*, apart: bool = False) -> Tokenizer:
     )
     trained = json.loads(tokenizer.to_str())["model"]
     pieces = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
-    first = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    spare = [f"<0x{byte:02X}>" for byte in range(256) if byte > 127 or BYTES[byte] not in pieces]
+    first = ["<pad>", "<eos>", "<bos>", "<unk>", *spare]  # one id only for each string of bytes
     tokenizer.model = models.BPE(
         vocab={piece: i for i, piece in enumerate([*first, *pieces])},
         merges=[(left, right) for left, right in trained["merges"]],
