@@ -261,8 +261,9 @@ def _eval(args: argparse.Namespace) -> None:
         )
     student = load(find_model(args.student), device=device)
     pair = make_pair(student, teacher, events=CHUNK if teacher.tier == "tokens" else "prefix")
-    log.info(described(teacher))
     check_eval_prompts(prompts, pair, config)
+    if teacher.tier != "dense":
+        log.info(described(teacher))  # some figures are left out
     figures = evaluate(
         pair, prompts, config, on_batch=lambda n: log.info("%d of %d prompts", n, len(prompts))
     )

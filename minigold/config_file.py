@@ -18,10 +18,14 @@ from minigold.config import Config, option_name
 
 __all__ = ["KINDS", "words_of", "written_out"]
 
-MODELS = ("teacher", "student")
+MODELS = ("teacher", "student", "teacher_tokenizer")
 FILES = ("prompts", "eval_prompts", "out")
 KINDS: dict[str, type] = {  # of the options of `train`, by the names of their fields
-    **dict.fromkeys((*MODELS, *FILES, "device", "dtype", "log_to", "progress"), str),
+    **dict.fromkeys(
+        (*MODELS, *FILES, "device", "dtype", "log_to", "progress", "teacher_model"), str
+    ),
+    **dict.fromkeys(("teacher_top_k", "teacher_connections"), int),
+    **dict.fromkeys(("teacher_timeout", "teacher_patience"), float),
     **dict.fromkeys(("resume", "dry_run", "plain_prompt"), bool),
     **{f.name: type(f.default) for f in fields(Config)},
 }
@@ -51,7 +55,7 @@ def words_of(path: Path) -> list[str]:
     """The options that a file sets, as words.
 
     Paths are relative to the file's folder: `prompts`, `eval_prompts` and `out` always, a model if there is such a
-    folder; else it is a name as on the command line.
+    folder or file; else it is a name as on the command line.
 
     Raises:
         FileNotFoundError: no such file.
@@ -96,5 +100,5 @@ def _word(name: str, value: Any, folder: Path) -> str:
     if name in (*FILES, *MODELS):
         home = value.startswith("~/")
         place = ((Path.home() / value[2:]) if home else folder / value).resolve()
-        value = value if name in MODELS and not place.is_dir() else place
+        value = value if name in MODELS and not place.exists() else place
     return f"{option}={value}"

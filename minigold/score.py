@@ -31,7 +31,7 @@ from safetensors.numpy import save
 from minigold.batch import Array
 from minigold.chat import prompt_ids
 from minigold.config import Config
-from minigold.data import Prompt, write_whole
+from minigold.data import Prompt, short, write_whole
 from minigold.load import load_speaker, resolve
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair
@@ -211,7 +211,9 @@ def open_scores(path: Path, tokenizer: str | Path) -> KeptTeacher:
         theirs = str(json.loads(metadata["facts"])["teacher_tokenizer_sha256"])
         told = dict(_told(arrays))
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"expected scores in {path}, got {error!r}; score it again") from error
+        raise ValueError(
+            f"expected scores in {path}, got {short(error)}; score it again"
+        ) from error
     speaker = load_speaker(name, folder, rows=rows, context=2**31)
     teacher = KeptTeacher(**vars(speaker), top_k=top_k, told=told, sha256=metadata["sha256"])
     ours = teacher.facts["teacher_tokenizer_sha256"]
@@ -233,12 +235,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Array]]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"expected a whole file of scores in {path}, got {error}; score it again"
+            f"expected a whole file of scores in {path}, got {short(str(error))}; score it again"
         ) from error
     sha256 = metadata.pop("sha256", "")
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"expected {FORMAT!r} in {path}, got {metadata.get('format')!r}; give a file that "
+            f"expected {FORMAT!r} in {path}, got {short(metadata.get('format'))}; give a file that "
             "minigold score wrote"
         )
     if _digest(metadata, arrays) != sha256:

@@ -32,7 +32,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from hostile_inputs import (
@@ -43,15 +47,17 @@ from hostile_inputs import (
     template_of,
     with_other_parts,
 )
-from minigold import checkpoint, pair, sandbox, weights
+from minigold import checkpoint, pair, sandbox, score, weights
 from minigold.chat import prompt_ids, render
 from minigold.checkpoint import open_run
 from minigold.cli_models import find_model
 from minigold.config import Config
-from minigold.data import read_prompts
+from minigold.data import Prompt, read_prompts
 from minigold.load import LanguageModel, load, no_panic, read_tokenizer
 from minigold.pair import check_student, lost_text, make_pair, matched
 from minigold.report import write_report
+from minigold.score import open_scores, score_file
+from minigold.tiers import limited
 from minigold.train import adamw, distill
 from minigold.watch import collapses, failed_in_a_row
 from minigold.weights import load_decoder
@@ -233,6 +239,13 @@ class Arena:
         shutil.rmtree(self.base / "stopped" / "final")
         shutil.rmtree(self.base / "stopped" / "checkpoints" / "step-4")
         (self.base / "stopped" / "eval.jsonl").unlink()
+        answers = [Prompt("hello", completion=" fox", line=1), Prompt("a", completion="", line=2)]
+        score_file(
+            limited(self.pair_of["gemma3"], 3),
+            answers,
+            self.base / "scores.safetensors",
+            plain=True,
+        )
         self.sides = [(m.tokenizer, [m.end_id], m.n_tokens) for m in self.pair_of.values()]
         self.matched = matched(*self.sides)
         with guarded():
@@ -538,8 +551,59 @@ def of_cache(arena: Arena, rng: random.Random) -> Callable[[], Any]:
     return run
 
 
+def of_scores(arena: Arena, rng: random.Random) -> Callable[[], Any]:
+    folder, path = arena.copy("gemma3"), arena.work / "scores.safetensors"
+    shutil.copyfile(arena.base / "scores.safetensors", path)
+    if rng.random() < 0.5:
+        _spoil(path, rng, arena)
+    else:  # what is wrong has the right hash
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata())
+        arrays = load_arrays(path)
+        del metadata["sha256"]
+        if rng.random() < 0.5:
+            metadata = {str(k): as_str(v) for k, v in as_dict(changed(metadata, rng)).items()}
+        else:
+            _change_array(arrays, rng)
+        try:
+            save_arrays(arrays, path, {**metadata, "sha256": score._digest(metadata, arrays)})
+        except UnicodeError:  # half a surrogate pair
+            path.write_bytes(b"")
+    return lambda: open_scores(path, folder)
+
+
+def as_dict(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {"format": value}
+
+
+def as_str(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _change_array(arrays: dict[str, Any], rng: random.Random) -> None:
+    name = rng.choice([*arrays])
+    one, kind = arrays[name], rng.randrange(5)
+    if kind == 0:
+        del arrays[name]
+    elif kind == 1:
+        arrays[name] = one[: rng.randrange(len(one) + 1)]
+    elif kind == 2:
+        dtype = rng.choice(["int8", "uint16", "int64", "float16", "float64", "bool"])
+        with np.errstate(all="ignore"):
+            arrays[name] = one.astype(dtype)
+    elif kind == 3:
+        arrays[name] = one.reshape(rng.choice([(-1,), (1, -1), (-1, 1), (*one.shape, 1)]))
+    else:
+        values = [-1, 0, 7, 127, 10**6, 2**31 - 1]
+        arrays[name] = one.copy()
+        with np.errstate(all="ignore"):
+            arrays[name].flat[rng.randrange(one.size)] = np.array(rng.choice(values)).astype(
+                one.dtype
+            )
+
+
 LOADERS: dict[str, tuple[Loader, int, str]] = {  # weight, what a message names
-    "config": (of_config, 20, r"config\.json|/work/"),
+    "config": (of_config, 18, r"config\.json|/work/"),
     "index": (of_index, 10, "/work/"),
     "weights": (of_weights, 10, "/work/"),
     "tokenizer": (of_tokenizer, 14, "/work/|student"),
@@ -549,6 +613,7 @@ LOADERS: dict[str, tuple[Loader, int, str]] = {  # weight, what a message names
     "report": (of_report, 5, "/work/"),
     "checkpoint": (of_checkpoint, 3, "/work/|/outside|--out"),
     "cache": (of_cache, 2, "/work/"),
+    "scores": (of_scores, 2, "/work/"),
 }
 
 

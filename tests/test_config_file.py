@@ -73,8 +73,8 @@ def test_a_file_says_what_the_words_would(
             assert value == without[name]
         elif name in ("prompts", "eval_prompts", "out"):
             assert value == place
-        elif name in ("teacher", "student"):
-            assert value == (str(place) if place.is_dir() else values[name])
+        elif name in ("teacher", "student", "teacher_tokenizer"):
+            assert value == (str(place) if place.exists() else values[name])
         else:
             assert value == values[name] and type(value) is KINDS[name]
 
@@ -122,6 +122,10 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.toml").write_text('teacher = "~/runs"\nout = "~/out"\n', "utf-8")
     words = [f"--teacher={tmp_path}/runs", f"--out={tmp_path}/out"]
+    assert words_of(tmp_path / "run.toml") == words
+    (tmp_path / "s.safetensors").touch()
+    (tmp_path / "run.toml").write_text('teacher = "s.safetensors"\nteacher_tokenizer = "o/n"\n')
+    words = [f"--teacher={tmp_path}/s.safetensors", "--teacher-tokenizer=o/n"]
     assert words_of(tmp_path / "run.toml") == words
 
 

@@ -89,7 +89,8 @@ def model_of(config: ModelConfig, tokenizer: Tokenizer, name: str) -> LanguageMo
     decoder = Decoder(config).eval()
     decoder.n_tokens = n
     return LanguageModel(
-        name, Path(name), tokenizer, None, "", "<end>", (end,), end, 4096, n, decoder
+        name=name, folder=Path(name), decoder=decoder, tokenizer=tokenizer, template=None,
+        bos_token="", eos_token="<end>", eos_ids=(end,), end_id=end, context=4096, n_tokens=n,
     )  # fmt: skip
 
 
