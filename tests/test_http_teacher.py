@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+import runpy
 import threading
 import time
 from collections.abc import Callable
@@ -781,3 +782,26 @@ def test_options_of_a_server_are_refused_without_one(work: Path) -> None:
     assert (code, err.count("\n")) == (2, 1)
     assert "expected an answer of http://127.0.0.1:9/v1/models" in err
     assert not (work / "none").exists()
+
+
+def test_the_example_compares_a_server_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).parent.parent / "examples" / "check_server.py"
+
+    def said(*args: str | Path) -> list[str]:
+        monkeypatch.setattr("sys.argv", [str(example), *map(str, args)])
+        runpy.run_path(str(example), run_name="__main__")
+        return re.findall(r"given tokens (\S+) nats .* listed ones (\S+); other tokens listed in (\d+)",
+                          capsys.readouterr().out)  # fmt: skip
+
+    said("--make", tmp_path / "model")
+    made = load(tmp_path / "model")
+    with serving(made) as server:
+        same = said("--server", server.url, "--folder", tmp_path / "model", "--texts", "3")
+    assert [float(one[0]) < 1e-5 and float(one[1]) < 1e-5 for one in same] == [True] * 4
+    with torch.no_grad():
+        made.decoder.head.weight_VD.mul_(1.5)
+    with serving(made) as server:
+        other = said("--server", server.url, "--folder", tmp_path / "model", "--texts", "3")
+    assert all(float(one[0]) > 1e-3 for one in other)
