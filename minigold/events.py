@@ -132,6 +132,16 @@ class Side:
                 self.known[text, event] = ids[merged], self.longer(text, None)[1][merged]
         return self.known[text, event]
 
+    def begins(self, text: bytes) -> list[int]:
+        """Ids of the tokens that `text` begins with, itself among them."""
+        found: list[int] = []
+        for n in range(1, min(len(text), self.longest) + 1):
+            low = bisect_left(self.keys, text[:n])
+            high = bisect_right(self.keys, text[:n], lo=low)
+            if low < high:
+                found += self.sorted_U[low:high].tolist()
+        return found
+
     def over(self, ids_N: Tensor, inside_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens that extend the taken ones: their mass is carried over the boundary after them.
 

@@ -90,7 +90,7 @@ class LanguageModel(Speaker):
         """See `teacher.score`."""
         return score(
             self.decoder, readings, end_ids=self.eos_ids, side=side, micro_batch=micro_batch,
-            temperature=temperature,
+            temperature=temperature, other_paths=True,
         )  # fmt: skip
 
     @property

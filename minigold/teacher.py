@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ __all__ = [
 
 CARRY_FROM = 1e-3  # an overhang under this is left out
 BLOCK = 16  # positions at a time
+BRANCH_FROM = 0.05  # other tokens under this are not followed
 ROUNDING = 1e-7  # of float32 sums: what is not listed counts as this at least
 
 
@@ -166,6 +168,7 @@ def score(
     side: Side,
     micro_batch: int = 8,
     temperature: float = 1.0,
+    other_paths: bool = False,
     block: int = BLOCK,
 ) -> list[Score]:
     """Reads completions, in their order. Without gradients; states are kept, logits only by block.
@@ -176,6 +179,8 @@ def score(
         side: this model's side of the events, for the audit.
         micro_batch: rows a forward pass, longest first so that padding is small.
         temperature: of all distributions that are read here.
+        other_paths: read on from other tokens than those of the completion, where much speaks for
+            them, a row each: see `_begins`.
         block: positions whose logits exist at a time.
     """
     head = model.head if temperature == 1 else model.head._replace(temperature=temperature)
@@ -183,13 +188,26 @@ def score(
         range(len(readings)), key=lambda i: -len(readings[i].prompt_ids) - len(readings[i].ids)
     )
     scores: dict[int, Score] = {}
+
+    def read_on(rows: Sequence[Sequence[int]]) -> Tensor:
+        parts = (rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch))
+        states = [
+            hidden_SD[len(row) - 1]
+            for some in parts
+            for hidden_SD, row in zip(model(pad(some, model.device)), some, strict=True)
+        ]
+        return torch.stack(states)
+
     for start in range(0, len(order), micro_batch):
         chosen = order[start : start + micro_batch]
         rows = [[*readings[i].prompt_ids, *readings[i].ids] for i in chosen]
         for hidden_SD, i in zip(model(pad(rows, model.device)), chosen, strict=True):
             one = readings[i]
             states_MD = completion_states(hidden_SD, len(one.prompt_ids), len(one.ids)).clone()
-            scores[i] = read_states(head, states_MD, one, end_ids=end_ids, side=side, block=block)
+            scores[i] = read_states(
+                head, states_MD, one, end_ids=end_ids, side=side, block=block,
+                read_on=read_on if other_paths else None,
+            )  # fmt: skip
     return [scores[i] for i in range(len(readings))]
 
 
@@ -202,12 +220,17 @@ def read_states(
     end_ids: Sequence[int],
     side: Side,
     block: int = BLOCK,
+    read_on: Callable[[Sequence[Sequence[int]]], Tensor] | None = None,
 ) -> Score:
-    """The score of a completion whose states are known; arguments as in `Score` and `score`."""
+    """The score of a completion whose states are known; arguments as in `Score` and `score`.
+
+    Args:
+        read_on: the state after the last id of each row, for `score`'s `other_paths`.
+    """
     ids_T = torch.tensor(reading.ids, dtype=torch.int64, device=hidden_MD.device)
     logps = [hidden_MD.new_zeros(0)]
     best: list[tuple[Tensor, Tensor]] = []
-    noted = _Notes(reading, side)
+    noted = _Notes(reading, side, other_paths=read_on is not None)
     end_logp = float("-inf")
     for start in range(0, len(hidden_MD), block):
         logits_NV = head.logits(hidden_MD[start : start + block])
@@ -222,6 +245,9 @@ def read_states(
         noted.add(prob_NV, logp_N, ids_N)
     logp_T = torch.cat(logps).cpu()
     best_prob_M, best_id_M = (torch.cat(part).cpu() for part in zip(*best, strict=True))
+    branches = noted.branches(logp_T.tolist())
+    if branches and read_on is not None:
+        noted.follow(branches, head.logits(read_on([one.row for one in branches])).softmax(-1))
     carried = noted.carried(logp_T)
     return Score(hidden_MD, logp_T, end_logp, noted.measures_T5, best_id_M, best_prob_M, carried)
 
@@ -270,28 +296,98 @@ def score_of(
 class _Notes:
     """What is noted of predictions, block by block in their order."""
 
-    def __init__(self, reading: Reading, side: Side) -> None:
-        self.side = side
+    def __init__(self, reading: Reading, side: Side, *, other_paths: bool = False) -> None:
+        self.reading, self.side = reading, side
         self.covers = _covers(reading, side) if side.carries else []
+        self.begins = _begins(reading, side) if side.carries and other_paths else []
         self.masses: list[Tensor] = []
+        self.begun: list[Tensor] = []
+        self.followed: list[tuple[int, tuple[Tensor, Tensor]]] = []
         self.measures = [torch.zeros(0, 5)]
         self.n_done = 0
 
     def add(self, prob_NV: Tensor, logp_N: Tensor, ids_N: Tensor) -> None:
         """Of the next tokens: the predictions in their place, their log-probabilities, their ids."""
         self.measures.append(torch.stack(measure(prob_NV, logp_N, ids_N, self.side), dim=1).cpu())
-        stop = self.n_done + len(ids_N)
-        some = self.covers[len(self.masses) :]
-        some = some[: bisect_left(some, stop, key=attrgetter("at"))]
-        self.masses += _masses(prob_NV, self.n_done, some)
-        self.n_done = stop
+        for wanted, found in ((self.covers, self.masses), (self.begins, self.begun)):
+            stop = bisect_left(wanted, self.n_done + len(ids_N), key=attrgetter("at"))
+            found.extend(_masses(prob_NV, self.n_done, wanted[len(found) : stop]))
+        self.n_done += len(ids_N)
 
     @property
     def measures_T5(self) -> Tensor:
         return torch.cat(self.measures)
 
+    def branches(self, logp: Sequence[float]) -> list[_Branch]:
+        """Other tokens that much speaks for: as such, and beside those of the completion."""
+        found = []
+        for one, mass_K in zip(self.begins, self.begun, strict=True):
+            path = math.exp(min(-sum(logp[one.at : one.end]), 600.0))
+            before = math.exp(sum(logp[one.start : one.at]))
+            for i, mass in zip(one.ids.tolist(), mass_K.tolist(), strict=True):
+                left = one.text[len(self.side.spelling[i]) :]
+                if left and before * mass > BRANCH_FROM and mass * path > BRANCH_FROM:
+                    row = [*self.reading.prompt_ids, *self.reading.ids[: one.at], i]
+                    found.append(_Branch(row, one.end, left, mass * path))
+        return found
+
+    def follow(self, branches: Sequence[_Branch], prob_BV: Tensor) -> None:
+        """Of the branches: the predictions after them. Their tokens over the end are covers, too."""
+        for one, prob_V in zip(branches, prob_BV, strict=True):
+            ids, rests = self.side.longer(one.left, None)
+            weighed = one.mass * prob_V[ids].double().cpu()
+            self.followed.append((one.end, (rests.cpu(), weighed)))
+
     def carried(self, logp_T: Tensor) -> dict[int, Carried]:
-        return _carried(self.covers, self.masses, logp_T.tolist())
+        return _carried(self.covers, self.masses, logp_T.tolist(), self.followed)
+
+
+class _Begin(NamedTuple):
+    """Tokens that `text` begins with, other than the one at `at`; `text` ends the chunk.
+
+    The chunk is that of the tokens from `start` to `end`.
+    """
+
+    start: int
+    at: int
+    end: int
+    text: bytes
+    ids: Tensor
+
+
+class _Branch(NamedTuple):
+    """Such a token after all before it; what is left of the text; its mass beside the path's, 1."""
+
+    row: list[int]
+    end: int
+    left: bytes
+    mass: float
+
+
+def _begins(reading: Reading, side: Side) -> list[_Begin]:
+    """All of them, by `at`.
+
+    A tokenizer cuts a text by what follows: if a student writes eight spaces and a word where the
+    teacher would have written seven and then ` if`, its eight spaces are a token that the teacher
+    gives nothing, although it wanted these very bytes. What it wanted there shows on the other path.
+    """
+    found = []
+    for start, end in pairwise([0, *reading.starts]):
+        spelled = [side.spelling[i] for i in reading.ids[start:end]]
+        if not all(spelled) or any(t in reading.opaque for t in range(start, end)):
+            continue
+        for at in range(start, end):
+            text, taken = b"".join(spelled[at - start :]), spelled[at - start]
+            event = side.event_of(taken) if at == start else None
+            others = [
+                i
+                for i in side.begins(text)
+                if side.spelling[i] != taken
+                and (event is None or side.event_of(side.spelling[i]) == event)
+            ]
+            if others:
+                found.append(_Begin(start, at, end, text, side.sorted_U.new_tensor(others)))
+    return found
 
 
 class _Cover(NamedTuple):
@@ -323,14 +419,14 @@ def _covers(reading: Reading, side: Side) -> list[_Cover]:
     return sorted(found, key=attrgetter("at"))
 
 
-def _masses(prob_NV: Tensor, start: int, covers: Sequence[_Cover]) -> list[Tensor]:
-    """Probability of each of the covers' tokens, from rows that start at token `start`."""
-    if not covers:
+def _masses(prob_NV: Tensor, start: int, wanted: Sequence[_Cover | _Begin]) -> list[Tensor]:
+    """Probability of each of the tokens, from rows that start at token `start`."""
+    if not wanted:
         return []
-    sizes = [len(cover.ids) for cover in covers]
-    row_K = torch.tensor([cover.at - start for cover in covers])
+    sizes = [len(one.ids) for one in wanted]
+    row_K = torch.tensor([one.at - start for one in wanted])
     row_J = row_K.repeat_interleave(torch.tensor(sizes)).to(prob_NV.device)
-    mass_J = prob_NV[row_J, torch.cat([cover.ids for cover in covers])]
+    mass_J = prob_NV[row_J, torch.cat([one.ids for one in wanted])]
     return list(mass_J.cpu().double().split(sizes))
 
 
@@ -349,9 +445,13 @@ def _told_apart(
 
 
 def _carried(
-    covers: Sequence[_Cover], masses: Sequence[Tensor], logp: Sequence[float]
-) -> dict[int, Carried]:
+    covers: Sequence[_Cover], masses: Sequence[Tensor], logp: Sequence[float],
+    followed: Sequence[tuple[int, tuple[Tensor, Tensor]]],
+) -> dict[int, Carried]:  # fmt: skip
     """The longer tokens over each chunk's start, from every token before it that they begin at.
+
+    Args:
+        followed: of other paths: chunk start, events, and masses beside 1, the path that was taken.
 
     Source: 2410.09303, the next bytes from the tokens that cover them. Differs: tokens that were
     another event at a shared boundary are left out, as the comparison there has told them apart
@@ -364,6 +464,8 @@ def _carried(
         weighed_K = mass_K * math.exp(min(-log_path, 600.0))
         if float(weighed_K.sum()) > 0.1 * CARRY_FROM:
             found.setdefault(cover.start, []).append((cover.rests.cpu(), weighed_K))
+    for start, part in followed:
+        found.setdefault(start, []).append(part)
     summed = {start: _summed(parts) for start, parts in found.items()}
     return {start: one for start, one in summed.items() if len(one.event_K)}
 

@@ -925,6 +925,27 @@ MUTANTS = (
         "range(RUN)])}), n_runs)",
         "tests/test_watch.py",
     ),
+    # right bytes in other tokens are a mistake
+    Mutant(
+        "minigold/load.py",
+        "temperature=temperature, other_paths=True,",
+        "temperature=temperature, other_paths=False,",
+        "tests/test_teacher.py",
+    ),
+    # another path is as likely as the one that was taken
+    Mutant(
+        "minigold/teacher.py",
+        "found.append(_Branch(row, one.end, left, mass * path))",
+        "found.append(_Branch(row, one.end, left, mass))",
+        "tests/test_teacher.py",
+    ),
+    # a token that was told apart where the chunk starts is another path, too
+    Mutant(
+        "minigold/teacher.py",
+        "event = side.event_of(taken) if at == start else None",
+        "event = None",
+        "tests/test_teacher.py",
+    ),
     # longer tokens of the teacher leave the tail as it was
     Mutant(
         "minigold/loss.py",

@@ -2,8 +2,9 @@
 """What a model says of a completion: each token, the end, and longer tokens over chunk starts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 from minigold.events import Events, match
 from minigold.model import Head
 from minigold.offsets import Vocabulary
+from minigold.pair import make_pair
 from minigold.teacher import Reading, Score, score
 from reference_losses import SlowSide
 from test_events import words
+from tiny_models import tiny_model
+from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
 PROMPT = [0, 0]
 
@@ -124,6 +128,72 @@ def test_inside_a_chunk_all_longer_tokens_count() -> None:
     assert carried_at(result, events, 2) == {b"w": pytest.approx(0.5)}
 
 
+class LastTokenModel(TableModel):
+    """A model whose prediction depends on the last token alone: row v follows token v."""
+
+    def __call__(self, ids_BS: Tensor, cache: Any = None) -> Tensor:
+        assert cache is None
+        self.n_read = getattr(self, "n_read", 0) + len(ids_BS)
+        one_hot_BSN = torch.nn.functional.one_hot(ids_BS, self.n_rows)
+        return one_hot_BSN.to(self.head.weight_VD.dtype)
+
+
+SPACES = b"\n    "
+
+
+def spaces(wanted: float) -> tuple[Events, LastTokenModel]:
+    """The teacher would write three spaces and ` if`, the student four spaces and `if`."""
+    pieces = {SPACES: b"\n", SPACES[:-1]: b"\n", b" if": b" "}
+    student = words("\n", "    ", "if", "twenty", " ", pieces=pieces)
+    teacher = words("\n", SPACES[:-1], SPACES, " if", "if", "twenty")
+    rows = torch.full((7, 7), 1e-12)
+    rows[0, 1], rows[0, 2], rows[0, 5] = wanted, 0.01, 0.99 - wanted
+    rows[1, 3], rows[1, 5] = 0.8, 0.2
+    rows[2, 5] = 1.0
+    return match(student, teacher), LastTokenModel(rows)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 8])
+def test_the_right_bytes_in_other_tokens_are_not_a_mistake(micro_batch: int) -> None:
+    """After the four spaces the student wrote a word, so that they are a token for the teacher too.
+
+    It would have made another cut there, and gives that token little. What it meant is on the
+    other path: the four spaces, and then `if`.
+    """
+    events, model = spaces(0.9)
+    readings = [Reading(PROMPT, [2, 5], [1]), Reading(PROMPT, [2, 5], [1], opaque={0})]
+    results = [
+        score(model, readings, end_ids=[6], side=events.teacher, other_paths=other_paths,
+              micro_batch=micro_batch)
+        for other_paths in (False, True)
+    ]  # fmt: skip
+    assert [one.carried for one in (*results[0], results[1][1])] == [{}, {}, {}]
+    found = results[1][0]
+    assert carried_at(found, events, 1) == {b"if": pytest.approx(72 / 73)}
+    assert found.logp_T.exp().tolist() == pytest.approx([0.01, 1.0])
+    # with its longer tokens over the end the chunk is as likely as these bytes are
+    assert math.exp(float(found.logp_T[0]) - found.carried[1].stay) == pytest.approx(0.01 + 0.72)
+
+
+@pytest.mark.parametrize(("wanted", "rows"), [(0.9, 1), (0.06, 1), (0.04, 0)])
+def test_a_row_is_read_on_only_where_it_matters(wanted: float, rows: int) -> None:
+    events, model = spaces(wanted)
+    score(model, [Reading(PROMPT, [2, 5], [1])], end_ids=[6], side=events.teacher, other_paths=True)
+    assert model.n_read == 1 + rows
+
+
+def test_a_teacher_in_process_is_asked_for_other_paths() -> None:
+    model = tiny_model("llama", byte_bpe(), end="<|im_end|>")
+    side = make_pair(tiny_model("llama", sentencepiece_bpe(), end="</s>"), model).events.teacher
+    rows: list[int] = []
+    hook = model.decoder.register_forward_hook(lambda _m, args, _out: rows.append(len(args[0])))
+    ids = model.tokenizer.encode("the quick brown fox", add_special_tokens=False).ids
+    with patch("minigold.teacher.BRANCH_FROM", 0.0):
+        model.read([Reading([1], ids, [len(ids)])], side=side, micro_batch=4, temperature=1.0)
+    hook.remove()
+    assert rows[0] == 1 and sum(rows) > 1
+
+
 TEXTS = st.lists(
     st.text(alphabet="ab", min_size=1, max_size=4).map(str.encode),
     min_size=2,
@@ -133,11 +203,15 @@ TEXTS = st.lists(
 
 
 def slow_carried(
-    prob: list[list[float]], side: SlowSide, ids: Sequence[int], starts: Sequence[int]
-) -> dict[int, dict[int, float]]:
+    prob: list[list[float]], side: SlowSide, ids: Sequence[int], starts: Sequence[int],
+    after: list[list[float]] | None = None,
+) -> dict[int, dict[int, float]]:  # fmt: skip
     """Every token from every earlier position, weighed by the path that it leaves out.
 
     It has to have gone along with the event that was taken at every shared boundary on the way.
+
+    Args:
+        after: what follows each token: then other tokens that a chunk begins with are followed, too.
     """
     found = {}
     for start in starts:
@@ -156,9 +230,30 @@ def slow_carried(
                 if all(side.event_of(text[n:]) == side.events[i] for n, i in on_the_way):
                     rest = side.event_of(text[len(between) :])
                     masses[rest] = masses.get(rest, 0.0) + p / path
+        for event, mass in slow_other_paths(prob, side, ids, starts, start, after):
+            masses[event] = masses.get(event, 0.0) + mass
         known = 1 + sum(masses.values())
         found[start] = {event: mass / known for event, mass in masses.items()}
     return found
+
+
+def slow_other_paths(
+    prob: list[list[float]], side: SlowSide, ids: Sequence[int], starts: Sequence[int], start: int,
+    after: list[list[float]] | None,
+) -> Iterator[tuple[int, float]]:  # fmt: skip
+    """Of the chunk that ends at `start`: any token that it goes on with, and any over its end."""
+    begin = max(k for k in (0, *starts) if k < start)
+    for at in range(begin, start) if after else ():
+        rest = b"".join(side.texts[i] for i in ids[at:start])
+        path = math.prod(prob[n][ids[n]] for n in range(at, start))
+        for w, text in enumerate(side.texts):
+            told_apart = at == begin and side.events[w] != side.events[ids[at]]
+            if not text or not rest.startswith(text) or text == side.texts[ids[at]] or told_apart:
+                continue
+            left = rest[len(text) :]
+            for longer, p in zip(side.texts, after[w], strict=True):
+                if left and longer.startswith(left) and longer != left:
+                    yield side.event_of(longer[len(left) :]), prob[at][w] * p / path
 
 
 @given(TEXTS, TEXTS, st.integers(0, 2**32 - 1), st.integers(1, 3))
@@ -177,6 +272,35 @@ def test_carried_masses_equal_the_slow_version(
     result = read(prob_SV, events, ids, starts, block)
     side = SlowSide(teacher.token_bytes, teacher.roles, events.event_bytes[:-1], {})
     for start, want in slow_carried(prob_SV.tolist(), side, ids, starts).items():
+        carried = result.carried.get(start)
+        got = {} if carried is None else dict(
+            zip(carried.event_K.tolist(), carried.mass_K.tolist(), strict=True)
+        )  # fmt: skip
+        for event in want.keys() | got.keys():
+            assert got.get(event, 0.0) == pytest.approx(want.get(event, 0.0), abs=5e-3)
+
+
+@given(TEXTS, TEXTS, st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_other_paths_equal_the_slow_version(
+    ours: list[bytes], theirs: list[bytes], seed: int, block: int
+) -> None:
+    student, teacher = words(*ours, "a"), words(*theirs, "a")
+    events = match(student, teacher)
+    if events.identical:
+        return
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, len(theirs), (5,), generator=g).tolist()
+    starts = [k for k in range(1, 6) if torch.rand(1, generator=g) < 0.5]
+    after = torch.randn(len(theirs) + 2, len(theirs) + 2, generator=g).double().softmax(-1)
+    prob = [after[PROMPT[-1]], *(after[i] for i in ids)]
+    with patch("minigold.teacher.BRANCH_FROM", 0.0):
+        (result,) = score(
+            LastTokenModel(after), [Reading(PROMPT, ids, starts)], end_ids=[len(theirs) + 1],
+            side=events.teacher, other_paths=True, block=block,
+        )  # fmt: skip
+    side = SlowSide(teacher.token_bytes, teacher.roles, events.event_bytes[:-1], {})
+    rows = [row.tolist() for row in prob]
+    for start, want in slow_carried(rows, side, ids, starts, after.tolist()).items():
         carried = result.carried.get(start)
         got = {} if carried is None else dict(
             zip(carried.event_K.tolist(), carried.mass_K.tolist(), strict=True)
