@@ -636,6 +636,24 @@ def fuzz(
         note(verdict, number, why)
 
 
+def _end_of(child: int, progress: Path) -> int:
+    """The status it ends with; it is killed if it writes nothing to `progress` while it runs.
+
+    Counted in polls, since both processes may be stopped, and not while the child alone is.
+    """
+    size, polls, runs = 0, 0, True
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+        if ended and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
+            return status
+        runs = os.WIFCONTINUED(status) if ended else runs
+        now = progress.stat().st_size
+        size, polls = (now, 0) if now != size else (size, polls + runs)
+        if polls > HANGS * 20:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+
+
 def _in_children(
     name: str, count: int, seed: int, arena: Arena
 ) -> tuple[dict[str, int], list[Failure]]:
@@ -655,15 +673,7 @@ def _in_children(
             except BaseException:  # noqa: BLE001 (a child never goes on as if it were the parent)
                 traceback.print_exc()
             os._exit(code)
-        size, polls, status = 0, 0, None  # polls, not seconds: both processes may be stopped
-        while status is None:
-            ended, code = os.waitpid(child, os.WNOHANG)
-            status = code if ended else None
-            now = progress.stat().st_size
-            size, polls = (now, 0) if now != size else (size, polls + 1)
-            if status is None and polls > HANGS * 20:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(0.05)
+        status = _end_of(child, progress)
         for line in progress.read_text().splitlines():
             verdict, number, why = json.loads(line)
             counts[verdict] += 1

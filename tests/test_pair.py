@@ -262,7 +262,16 @@ def spoil_empty(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "spoil",
-    [spoil_torn, spoil_key, spoil_roles, spoil_ends, spoil_type, spoil_bit, spoil_other, spoil_empty],
+    [
+        spoil_torn,
+        spoil_key,
+        spoil_roles,
+        spoil_ends,
+        spoil_type,
+        spoil_bit,
+        spoil_other,
+        spoil_empty,
+    ],
 )
 def test_a_spoiled_file_is_told_and_made_anew(
     spoil: Callable[[Path], None], cache: Path, caplog: pytest.LogCaptureFixture
