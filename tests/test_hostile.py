@@ -660,6 +660,18 @@ def test_an_optimizer_that_is_no_safetensors_is_refused(run: Any) -> None:
         resumed()
 
 
+def test_moments_of_a_type_that_torch_does_not_have_are_refused(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, resumed = run
+    step = out / "checkpoints" / "step-1"
+    save_file({"a": torch.zeros(2, dtype=torch.float8_e5m2)}, step / "optimizer.safetensors")
+    sign(step)
+    monkeypatch.delattr(torch, "float8_e5m2")  # as newer types are missing in older versions
+    with pytest.raises(ValueError, match=r"expected tensors in .*got .*no attribute 'float8_e5m2'"):
+        resumed()
+
+
 def test_a_checkpoint_of_another_shape_is_refused(run: Any) -> None:
     out, resumed = run
     step = out / "checkpoints" / "step-1"
