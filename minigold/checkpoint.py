@@ -348,7 +348,7 @@ def _restore(run: Run, steps: int) -> None:
             set_moments(run.pair.student.decoder, run.optimizer, stored)
         except ValueError as error:
             raise ValueError(f"{run.last}: {error}") from error
-        except (SafetensorError, RuntimeError) as error:
+        except (SafetensorError, RuntimeError, AttributeError) as error:  # no such type in torch
             raise ValueError(f"expected tensors in {run.last / OPTIMIZER}, got {error}") from error
     for name, size in sizes.items():
         if (run.out / name).exists():

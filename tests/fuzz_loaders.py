@@ -13,6 +13,7 @@ crash or an endless loop of native code is a failure as well. The last line is J
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -74,7 +76,9 @@ HANGS = 60  # seconds without an input before the child is ended
 LONGEST = 3000  # characters of a message
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]
 QUIET = {"student_plain": True, "teacher_plain": True}
-SETTINGS = Config(steps=4, batch_size=2, max_new_tokens=6, lr=0.01, save_every=2, **QUIET)
+SETTINGS = Config(
+    steps=4, batch_size=2, max_new_tokens=6, lr=0.01, save_every=2, eval_every=2, **QUIET
+)
 
 
 class Failure(NamedTuple):
@@ -231,14 +235,18 @@ class Arena:
         )
         self.prompts = read_prompts(self.base / "prompts.jsonl")
         self.pair_of = {name: load(self.base / name) for name in ("llama", "gemma3")}
-        distill(*self.fresh(), self.prompts, SETTINGS, out=self.base / "run")
-        (self.base / "run" / "eval.jsonl").write_text(
-            '{"step": 2, "accuracy": 0.5, "accuracy_low": 0.4}\n'
-        )
+        clock = patch("time.perf_counter", itertools.count(step=0.25).__next__)
+        with clock, patch("minigold.metrics._peak_memory", lambda: 0.5):  # always the same bytes
+            distill(
+                *self.fresh(),
+                self.prompts,
+                SETTINGS,
+                eval_prompts=self.prompts,
+                out=self.base / "run",
+            )
         shutil.copytree(self.base / "run", self.base / "stopped")
         shutil.rmtree(self.base / "stopped" / "final")
         shutil.rmtree(self.base / "stopped" / "checkpoints" / "step-4")
-        (self.base / "stopped" / "eval.jsonl").unlink()
         answers = [Prompt("hello", completion=" fox", line=1), Prompt("a", completion="", line=2)]
         score_file(
             limited(self.pair_of["gemma3"], 3),
@@ -475,6 +483,7 @@ def of_checkpoint(arena: Arena, rng: random.Random) -> Callable[[], Any]:
                 run / "metrics.jsonl",
                 run / "config.json",
                 run / "samples.jsonl",
+                run / "eval.jsonl",
             ]
         )
         manifest = step / "checkpoint.json"
@@ -509,7 +518,8 @@ def of_checkpoint(arena: Arena, rng: random.Random) -> Callable[[], Any]:
         both = make_pair(student, teacher)
         student.decoder.requires_grad_(True)
         optimizer = adamw(student.decoder, SETTINGS)
-        opened = open_run(run, both, optimizer, arena.prompts, SETTINGS, resume=True)
+        opened = open_run(run, both, optimizer, arena.prompts, SETTINGS, resume=True,
+                          eval_prompts=arena.prompts)  # fmt: skip
         failed_in_a_row(opened.history)
         collapses(opened.history * 20, answers=2)
         for parameter in student.decoder.parameters():
@@ -701,6 +711,24 @@ def fuzz(
         note(verdict, number, why)
 
 
+def _end_of(child: int, progress: Path) -> int:
+    """The status it ends with; it is killed if it writes nothing to `progress` while it runs.
+
+    Counted in polls, since both processes may be stopped, and not while the child alone is.
+    """
+    size, polls, runs = 0, 0, True
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+        if ended and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
+            return status
+        runs = os.WIFCONTINUED(status) if ended else runs
+        now = progress.stat().st_size
+        size, polls = (now, 0) if now != size else (size, polls + runs)
+        if polls > HANGS * 20:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+
+
 def _in_children(
     name: str, count: int, seed: int, arena: Arena
 ) -> tuple[dict[str, int], list[Failure]]:
@@ -720,15 +748,7 @@ def _in_children(
             except BaseException:  # noqa: BLE001 (a child never goes on as if it were the parent)
                 traceback.print_exc()
             os._exit(code)
-        size, polls, status = 0, 0, None  # polls, not seconds: both processes may be stopped
-        while status is None:
-            ended, code = os.waitpid(child, os.WNOHANG)
-            status = code if ended else None
-            now = progress.stat().st_size
-            size, polls = (now, 0) if now != size else (size, polls + 1)
-            if status is None and polls > HANGS * 20:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(0.05)
+        status = _end_of(child, progress)
         for line in progress.read_text().splitlines():
             verdict, number, why = json.loads(line)
             counts[verdict] += 1

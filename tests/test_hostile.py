@@ -11,8 +11,10 @@ import pickle
 import pickletools
 import random
 import re
+import signal
 import struct
 import subprocess
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +25,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import fuzz_loaders
 from fuzz_loaders import LOADERS, Arena, fuzz, guarded, judged
-from hostile_inputs import header_changed
+from hostile_inputs import changed, header_changed
 from minigold import sandbox
 from minigold.chat import render
 from minigold.checkpoint import check_whole, open_run
@@ -96,6 +99,45 @@ def test_the_fuzzer_sees_what_it_looks_for(
         if path.exists():
             assert arena.check_untouched() != ""
             path.rmdir() if path.is_dir() else path.unlink()
+
+
+def stop(_arena: Arena, rng: random.Random) -> Callable[[], Any]:
+    """Stopped from outside for longer than a hang may last."""
+    if rng.random() < 0.5:
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return lambda: None
+
+
+CHILDREN: dict[str, tuple[Callable[..., Callable[[], Any]], list[str]]] = {
+    "ends itself": (lambda *_: lambda: os._exit(3), ["the process ended with 3"] * 2),
+    "hangs": (lambda *_: lambda: time.sleep(9), ["the process ended with -9"] * 2),
+    "is stopped": (stop, []),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it has threads and forks
+@pytest.mark.parametrize("name", CHILDREN)
+def test_a_child_of_the_fuzzer_fails_alone(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    act, reasons = CHILDREN[name]
+    monkeypatch.setitem(LOADERS, "one", (act, 1, "x"))
+    monkeypatch.setattr(fuzz_loaders, "HANGS", 0.4)
+    counts, failures = fuzz_loaders._in_children("one", 2, 0, arena)
+    assert [one.reason for one in failures] == reasons
+    assert counts == {"loaded": 2 - len(reasons), "refused": 0, "failed": len(reasons)}
+
+
+def test_inputs_of_the_fuzzer_depend_on_their_number_alone() -> None:
+    def drawn(number: int) -> str:
+        rng = random.Random(number)
+        return json.dumps(changed({"a": [1, {"b": "c"}], "d": {}}, rng)) + repr(
+            header_changed(save_file_bytes(), rng)
+        )
+
+    numbers = range(500)
+    assert [*map(drawn, numbers)] == [*map(drawn, reversed(numbers))][::-1]
 
 
 # ---------------------------------------------------------------------------------- model folders
@@ -618,6 +660,18 @@ def test_an_optimizer_that_is_no_safetensors_is_refused(run: Any) -> None:
         resumed()
 
 
+def test_moments_of_a_type_that_torch_does_not_have_are_refused(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, resumed = run
+    step = out / "checkpoints" / "step-1"
+    save_file({"a": torch.zeros(2, dtype=torch.float8_e5m2)}, step / "optimizer.safetensors")
+    sign(step)
+    monkeypatch.delattr(torch, "float8_e5m2")  # as newer types are missing in older versions
+    with pytest.raises(ValueError, match=r"expected tensors in .*got .*no attribute 'float8_e5m2'"):
+        resumed()
+
+
 def test_a_checkpoint_of_another_shape_is_refused(run: Any) -> None:
     out, resumed = run
     step = out / "checkpoints" / "step-1"
@@ -723,8 +777,8 @@ def test_no_module_can_read_or_write_a_pickle() -> None:
 
 def test_headers_that_the_fuzzer_changes_are_others() -> None:
     data = save_file_bytes()
-    changed = {header_changed(data, random.Random(i)) for i in range(50)}
-    assert len(changed) > 40
+    others = {header_changed(data, random.Random(i)) for i in range(50)}
+    assert len(others) > 40
 
 
 def save_file_bytes() -> bytes:

@@ -231,6 +231,14 @@ def spoil_ends(path: Path) -> None:
     save_file(arrays, path)
 
 
+def spoil_type(path: Path) -> None:
+    """A type of safetensors that numpy does not have."""
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:size].replace(b'"U8"', b'"F8_E4M3"', 1)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[size:])
+
+
 def spoil_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1000] ^= 1
@@ -254,7 +262,16 @@ def spoil_empty(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "spoil",
-    [spoil_torn, spoil_key, spoil_roles, spoil_ends, spoil_bit, spoil_other, spoil_empty],
+    [
+        spoil_torn,
+        spoil_key,
+        spoil_roles,
+        spoil_ends,
+        spoil_type,
+        spoil_bit,
+        spoil_other,
+        spoil_empty,
+    ],
 )
 def test_a_spoiled_file_is_told_and_made_anew(
     spoil: Callable[[Path], None], cache: Path, caplog: pytest.LogCaptureFixture
