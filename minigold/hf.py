@@ -35,7 +35,7 @@ __all__ = ["HFDecoder", "wrap"]
 
 log = logging.getLogger("minigold")
 PROBE = 7  # tokens that a module is tried on
-FAR = 100.0  # raw logits up to here show what is done to them; caps are 30 or 50
+FAR = 1e4  # raw logits up to here, small ones too, show what is done to them
 CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2 and 3, RecurrentGemma
 SCALES = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon H1
 KEPT = ("cache", "past_key_values")  # what `transformers` calls its cache, now and before 5.24
@@ -141,7 +141,7 @@ class HFDecoder(nn.Module):
             )
         self._check_head()
         self.n_tokens = self.head.weight_VD.shape[0]
-        self._check_states()
+        self._check_causal()
         self.kept: tuple[str, Callable[[], Any]] | None = self._kept()
         if self.kept is None:
             log.warning(
@@ -270,38 +270,39 @@ class HFDecoder(nn.Module):
                 f"expected a head with a matrix and maybe a bias in {type(module).__name__}, got "
                 f"{', '.join(sorted(names)) or 'none'}; leave the head out of adapters, modules_to_save and quantization"
             )
-        told = list[Tensor]()
+        ids, passed = self._probe(), list[tuple[Tensor, Tensor, Tensor]]()
 
-        def replace(_: nn.Module, __: Any, given: Tensor) -> Tensor:
-            told.append(torch.linspace(-FAR, FAR, given.numel()).to(given).view_as(given))
-            return told[-1]
+        def replace(_: nn.Module, given: tuple[Tensor], raw: Tensor) -> Tensor:
+            other = FAR * torch.linspace(-1, 1, raw.numel()) ** 5
+            passed.append((given[0], raw, other.to(raw).view_as(raw)))
+            return passed[-1][2]
 
         hook = layer.register_forward_hook(replace)
         try:
             with _mode(module, train=False):
-                seen = module(self._probe(), use_cache=False).logits
+                seen = module(ids, use_cache=False).logits
         finally:
             hook.remove()
-        if not told or not _near(seen, self.head.cap(told[0].float() * self.scale)):
+        name = f"the head of {type(module).__name__}"
+        if not passed or not _near(self(ids), passed[0][0] * self.scale):
             raise ValueError(
-                f"expected {type(module).__name__} to scale or cap its logits as the configuration says "
-                "(final_logit_softcapping, logits_scaling, logit_scale, lm_head_multiplier), got others; such a "
-                "head is not built in"
+                f"expected {name} to read what get_decoder gives, got other states (with prompts that peft has "
+                "learnt, or layers between them); such a module is not built in"
+            )
+        if not _near(F.linear(passed[0][0], self.head.weight_VD, self.head.bias_V), passed[0][1]):
+            raise ValueError(
+                f"expected {name} to multiply by its matrix, got other logits; such a head is not built in"
+            )
+        if not _near(self.head.cap(passed[0][2].float() * self.scale), seen, times=2, each=True):
+            raise ValueError(
+                f"expected the logits of {name} scaled and capped as the configuration says "
+                f"({', '.join((*CAPS, 'logits_scaling', *SCALES))}), got others; such a head is not built in"
             )
 
     @torch.no_grad()
-    def _check_states(self) -> None:
+    def _check_causal(self) -> None:
         ids = self._probe()
-        hidden_BSD = self(ids)
-        with _mode(self.module, train=False):
-            whole = self.module(ids, use_cache=False).logits
-        if not _near(self.head.logits(hidden_BSD), whole):
-            raise ValueError(
-                f"expected the head of {type(self.module).__name__} to make its logits of what get_decoder gives, "
-                "got others (prompts that peft has learnt, or other layers between them); such a module is not "
-                "built in"
-            )
-        if not _near(self(ids[:, : PROBE // 2]), hidden_BSD[:, : PROBE // 2]):
+        if not _near(self(ids[:, : PROBE // 2]), self(ids)[:, : PROBE // 2], times=16):
             raise ValueError(
                 f"expected a causal language model, got {type(self.module).__name__}, whose states depend on later "
                 "tokens"
@@ -324,7 +325,8 @@ class HFDecoder(nn.Module):
                 for step in range(2):
                     column_B1 = (length_B + step)[:, None]
                     told_B1D = cache.read(ids.gather(1, column_B1))
-                    if not _near(told_B1D, hidden_BSD.take_along_dim(column_B1[:, :, None], 1)):
+                    wanted_B1D = hidden_BSD.take_along_dim(column_B1[:, :, None], 1)
+                    if not _near(told_B1D, wanted_B1D, times=16):
                         return None
         except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError):
             return None  # whatever it keeps, it is not these
@@ -482,8 +484,12 @@ def _mode(module: nn.Module, *, train: bool) -> Iterator[None]:
             one.training = not train
 
 
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    """Equal to the rounding of the coarser type, as far as the largest number shows it."""
-    eps = max(torch.finfo(x.dtype).eps for x in (found, wanted))
-    limit = max(1e-4, 8 * eps) * float(wanted.abs().max())
-    return bool((found.double() - wanted.double()).abs().max() <= limit)
+def _near(found: Tensor, wanted: Tensor, *, times: float = 0.5, each: bool = False) -> bool:
+    """Equal to some times the rounding of the coarser type, of the largest number or of `each`."""
+    if found.shape != wanted.shape:
+        return False
+    limit = max(1e-5, times * max(torch.finfo(x.dtype).eps for x in (found, wanted)))
+    size = wanted.abs().double()
+    return bool(
+        ((found.double() - wanted.double()).abs() <= limit * (size if each else size.max())).all()
+    )
