@@ -38,7 +38,7 @@ PROBE = 7  # tokens that a module is tried on
 FAR = 1e4  # raw logits up to here, small ones too, show what is done to them
 CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2 and 3, RecurrentGemma
 SCALES = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon H1
-KEPT = ("cache", "past_key_values")  # what `transformers` calls its cache, now and before 5.24
+NAMES = ("cache", "past_key_values")  # what `transformers` calls its cache, now and before 5.24
 ONE_FILE = 2**50  # bytes: weights go into one file
 
 
@@ -71,8 +71,9 @@ def wrap(
     if isinstance(tokenizer, str | Path):
         folder = Path(tokenizer)
     else:
-        folder = _written(tokenizer, module)
+        folder = Path(tempfile.mkdtemp(prefix="minigold-"))
         weakref.finalize(decoder, shutil.rmtree, folder, ignore_errors=True)
+        _write(tokenizer, module, folder)
     rows = min(len(one.weight) for one in (decoder.embedding, module.get_output_embeddings()))
     name = name or getattr(config, "name_or_path", "") or type(module).__name__
     speaker = load_speaker(name, folder, rows=rows, context=context)
@@ -85,23 +86,21 @@ def _config(module: Any) -> Any:
     return module.config.get_text_config()
 
 
-def _written(tokenizer: Any, module: Any) -> Path:
-    """A folder with the files of a tokenizer that is in memory, and the module's stops."""
-    if not isinstance(tokenizer, Tokenizer) and not hasattr(tokenizer, "save_pretrained"):
+def _write(tokenizer: Any, module: Any, folder: Path) -> None:
+    """The files of a tokenizer that is in memory, and the module's stops."""
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(str(folder / "tokenizer.json"))
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    else:
         raise ValueError(
             "expected a tokenizer of transformers or tokenizers, or the folder of one, got "
             f"{type(tokenizer).__name__}"
         )
-    folder = Path(tempfile.mkdtemp(prefix="minigold-"))
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer.save(str(folder / "tokenizer.json"))
-    else:
-        tokenizer.save_pretrained(folder)
     told = getattr(module, "generation_config", None), _config(module)
     stops = [getattr(one, "eos_token_id", None) for one in told]
     stop = next((one for one in stops if one is not None), None)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}), "utf-8")
-    return folder
 
 
 class HFDecoder(nn.Module):
@@ -142,8 +141,8 @@ class HFDecoder(nn.Module):
         self._check_head()
         self.n_tokens = self.head.weight_VD.shape[0]
         self._check_causal()
-        self.kept: tuple[str, Callable[[], Any]] | None = self._kept()
-        if self.kept is None:
+        self.cache_kind: tuple[str, Callable[[], Any]] | None = self._cache_kind()
+        if self.cache_kind is None:
             log.warning(
                 "%s keeps no plain keys and values: while sampling, every token reads its row anew",
                 type(module).__name__,
@@ -222,7 +221,8 @@ class HFDecoder(nn.Module):
     def empty_cache(self, batch: int, length: int) -> Any:
         """A cache for `batch` rows; it grows as they do."""
         del length
-        return _Columns(self, batch, *self.kept) if self.kept else _Tokens(self, batch)
+        kind = self.cache_kind
+        return _Columns(self, batch, *kind) if kind else _Tokens(self, batch)
 
     @contextmanager
     def decoding(self, cache: Any, n_steps: int) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -309,16 +309,16 @@ class HFDecoder(nn.Module):
             )
 
     @torch.no_grad()
-    def _kept(self) -> tuple[str, Callable[[], Any]] | None:
+    def _cache_kind(self) -> tuple[str, Callable[[], Any]] | None:
         """The name and kind of the module's cache; None if rows cannot go on from keys and values."""
         ids, rows = self._probe(), torch.arange(2, device=self.device)
         length_B, hidden_BSD = torch.tensor([4, 2], device=self.device), self(ids)
         try:
             with _mode(self.module, train=False):
                 found = self.module.get_decoder()(input_ids=ids, use_cache=True, return_dict=True)
-                name = next(name for name in KEPT if found.get(name) is not None)
-                kept = name, type(found[name])  # made anew it keeps all, also where a window slides
-                cache, read = _Columns(self, 2, *kept), _Columns(self, 2, *kept)
+                name = next(name for name in NAMES if found.get(name) is not None)
+                kind = name, type(found[name])  # made anew it keeps all, also where a window slides
+                cache, read = _Columns(self, 2, *kind), _Columns(self, 2, *kind)
                 read.read(ids[:, :4])
                 read.cut(length_B)
                 cache.fill(rows, read, rows)
@@ -330,7 +330,7 @@ class HFDecoder(nn.Module):
                         return None
         except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError):
             return None  # whatever it keeps, it is not these
-        return kept
+        return kind
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -341,10 +341,11 @@ class HFDecoder(nn.Module):
             ValueError: adapters without `peft`'s own class around them, or one of another name.
         """
         adapters = list(getattr(self.module, "peft_config", ()))
-        own = getattr(self.module, "_hf_peft_config_loaded", False)
-        if adapters not in ([], ["default"]) or (own and type(self.module).__name__[:4] != "Peft"):
+        inside = getattr(self.module, "_hf_peft_config_loaded", False)
+        if inside or adapters not in ([], ["default"]):
             raise ValueError(
-                f"expected one adapter, `default`, around the student, got {', '.join(adapters)}; use "
+                f"expected one adapter, `default`, around the student, got "
+                f"{'one inside it' if inside else ', '.join(adapters)}; use "
                 "get_peft_model of peft, or leave `out` out"
             )
 
@@ -374,14 +375,14 @@ class _Columns:
     def __init__(self, decoder: HFDecoder, batch: int, name: str, make: Callable[[], Any]) -> None:
         self.decoder, device = decoder, decoder.device
         self.name, self.make = name, make
-        self.kept = make()
+        self.store = make()
         self.mask_BJ = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         self.next_B = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def read(self, ids_BS: Tensor) -> Tensor:
         """The states of more tokens, which are then kept too."""
         n_old, n_new = self.mask_BJ.shape[1], ids_BS.shape[1]
-        more: dict[str, Any] = {self.name: self.kept, "use_cache": True}
+        more: dict[str, Any] = {self.name: self.store, "use_cache": True}
         self.mask_BJ = F.pad(self.mask_BJ, (0, n_new), value=1)
         if n_old:
             ahead = torch.arange(n_new, device=ids_BS.device)
@@ -391,12 +392,12 @@ class _Columns:
         return self.decoder.states(ids_BS, **more)
 
     def _set(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        self.kept = self.make()
+        self.store = self.make()
         for i, (key_BGJE, value_BGJE) in enumerate(pairs):
-            self.kept.update(key_BGJE, value_BGJE, i)
+            self.store.update(key_BGJE, value_BGJE, i)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.keys, layer.values) for layer in self.kept.layers]
+        return [(layer.keys, layer.values) for layer in self.store.layers]
 
     def cut(self, length_B: Tensor) -> None:
         """Only the first `length_B` tokens of each row stay; they move to the last columns."""
@@ -437,7 +438,7 @@ class _Columns:
 
     def keep(self, rows_K: Tensor) -> None:
         """Only these rows (int64, ascending) stay, moved to the front."""
-        self.kept.batch_select_indices(rows_K)
+        self.store.batch_select_indices(rows_K)
         self.mask_BJ, self.next_B = self.mask_BJ[rows_K], self.next_B[rows_K]
 
 

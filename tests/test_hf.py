@@ -131,7 +131,7 @@ def test_greedy_answers_are_those_of_generate(family: str) -> None:
             do_sample=False, eos_token_id=2, use_cache=family not in UNKEPT,
         )  # fmt: skip
         assert one.ids == wanted[0, len(prompt) :].tolist()
-    assert (decoder.kept is None) == (family in UNKEPT)
+    assert (decoder.cache_kind is None) == (family in UNKEPT)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -380,15 +380,19 @@ def test_looking_at_a_module_draws_no_random_numbers() -> None:
 def test_checkpointing_changes_nothing_but_memory() -> None:
     config = Config(**{**vars(CONFIG), "gradient_checkpointing": True})
     plain, saving = student_of("phi3"), student_of("phi3")
-    layers = []
-    saving.decoder.module.model.layers[0].register_forward_hook(
-        lambda *_: layers.append(torch.is_grad_enabled())
-    )
+    passes = [0, 0]
+
+    def count(which: int) -> None:
+        passes[which] += torch.is_grad_enabled()
+
+    for i, student in enumerate((plain, saving)):
+        layer = student.decoder.module.model.layers[0].mlp  # hooks of the layer itself run once
+        layer.register_forward_pre_hook(lambda *_, i=i: count(i))
     one = distill(plain, teacher_of(), TEXTS, CONFIG)
     other = distill(saving, teacher_of(), TEXTS, config)
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=1e-5)
     assert not plain.decoder.checkpointing and saving.decoder.checkpointing
-    assert saving.decoder.module.model.layers[0].gradient_checkpointing
+    assert passes[1] == 2 * passes[0] > 0
     distill(saving, teacher_of(), TEXTS, CONFIG)
     assert saving.decoder.checkpointing  # the caller's own setting stays
 
@@ -629,6 +633,12 @@ def test_settings_and_places_that_do_not_go_together_are_refused(
         HFDecoder(module_of("llama").to("meta"))
     named = adapted_student()
     named.decoder.module.add_adapter("second", named.decoder.module.peft_config["default"])
+    inside = student_of("mistral")
+    inside.decoder.module._hf_peft_config_loaded = True  # as its own `add_adapter` does it
+    with pytest.raises(
+        ValueError, match="around the student, got one inside it; use get_peft_model"
+    ):
+        distill(inside, teacher, TEXTS, CONFIG, out=tmp_path / "run")
     with pytest.raises(
         ValueError, match="one adapter, `default`, around the student, got default, sec"
     ):
