@@ -107,7 +107,7 @@ class HFDecoder(nn.Module):
     """A module of `transformers` up to its last hidden states, as `model.Decoder` is one.
 
     Passes run in `eval` mode, whatever mode the module is in and stays in, apart from those that keep
-    the inputs of layers alone (`gradient_checkpointing_enable`).
+    the inputs of layers alone (`checkpointing`).
 
     Args:
         module: see `wrap`.
@@ -127,7 +127,7 @@ class HFDecoder(nn.Module):
                 f"expected a causal language model of transformers, got {type(module).__name__} "
                 f"without {missing[0]}"
             )
-        self.module, config = module, _config(module)
+        self.module, config, self.training = module, _config(module), False
         caps = (getattr(config, name, None) for name in CAPS)
         self.softcap: float | None = next((cap for cap in caps if cap), None)
         self.scale: float = 1 / (getattr(config, "logits_scaling", None) or 1)  # Granite
@@ -151,6 +151,12 @@ class HFDecoder(nn.Module):
     @property
     def embedding(self) -> Any:
         return self.module.get_input_embeddings()
+
+    @property
+    def trunk(self) -> Any:
+        """All but the head. Before `transformers` 5 `get_decoder` leaves the head on some models."""
+        found = self.module.get_decoder()
+        return getattr(found, "base_model", found)
 
     @property
     def head(self) -> Head:
@@ -183,12 +189,13 @@ class HFDecoder(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        return bool(getattr(self.module, "is_gradient_checkpointing", False))
+        return any(getattr(one, "gradient_checkpointing", False) for one in self.module.modules())
 
     @checkpointing.setter
     def checkpointing(self, wanted: bool) -> None:
         if wanted:  # else it stays as the caller has set it
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            old = self.module.gradient_checkpointing_enable
+            getattr(self.module, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     def train(self, mode: bool = True) -> HFDecoder:
         """Passes with gradients follow; the module's own mode stays as it is.
@@ -249,7 +256,7 @@ class HFDecoder(nn.Module):
 
     def states(self, ids_BS: Tensor, **more: Any) -> Tensor:
         given = {"use_cache": False, **more}
-        found = self.module.get_decoder()(input_ids=ids_BS, return_dict=True, **given)
+        found = self.trunk(input_ids=ids_BS, return_dict=True, **given)
         hidden_BSD: Tensor = found.last_hidden_state
         return hidden_BSD if self.scale == 1 else hidden_BSD * self.scale
 
@@ -315,7 +322,7 @@ class HFDecoder(nn.Module):
         length_B, hidden_BSD = torch.tensor([4, 2], device=self.device), self(ids)
         try:
             with _mode(self.module, train=False):
-                found = self.module.get_decoder()(input_ids=ids, use_cache=True, return_dict=True)
+                found = self.trunk(input_ids=ids, use_cache=True, return_dict=True)
                 name = next(name for name in NAMES if found.get(name) is not None)
                 kind = name, type(found[name])  # made anew it keeps all, also where a window slides
                 cache, read = _Columns(self, 2, *kind), _Columns(self, 2, *kind)
