@@ -59,7 +59,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # another scale, cap, bias, trunk, mask, 
 }
 UNKEPT: dict[str, dict[str, Any]] = {  # they keep other things than keys and values
     "mamba": {"state_size": 4, "hidden_size": 12},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 4,
+    "recurrent_gemma": {"hidden_size": 32, "lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 4,
                         "logits_soft_cap": 3.0},
 }  # fmt: skip
 ALL = {**FAMILIES, **OTHERS, **UNKEPT}
