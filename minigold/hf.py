@@ -204,8 +204,8 @@ class HFDecoder(nn.Module):
             ValueError: in `train` mode the states are others than in `eval` mode, by dropout for
                 instance: what the student is trained on would not be what it sampled from.
         """
-        self.training = mode
         if not mode:
+            self.training = False
             return self
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
@@ -223,6 +223,7 @@ class HFDecoder(nn.Module):
                 f"expected the same states in train and eval mode, got {found}; set each dropout in the "
                 "configuration (attention_dropout, lora_dropout and their like) to 0"
             )
+        self.training = True
         return self
 
     def empty_cache(self, batch: int, length: int) -> Any:

@@ -21,6 +21,7 @@ from minigold.checkpoint import checkpoints_of
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.dry_run import sizes_of
+from minigold.evaluate import evaluate
 from minigold.hf import HFDecoder, wrap
 from minigold.load import LanguageModel
 from minigold.pair import make_pair
@@ -360,6 +361,8 @@ def test_dropout_is_refused_in_a_student_and_off_in_a_teacher() -> None:
         distill(dropping, teacher, TEXTS, CONFIG)
     with pytest.raises(ValueError, match=r"got dropout \(.*lora_dropout.default 0.05\); set each"):
         distill(adapted_student(lora_dropout=0.05), teacher, TEXTS, CONFIG)
+    pair = make_pair(dropping, teacher)
+    assert evaluate(pair, TEXTS[:2], CONFIG)["prompts"] == 2  # nothing is trained there
     dropping.decoder.module.train()
     read = [Reading([3, 4], [5, 6, 7])]
     pair = make_pair(student_of("olmo2"), dropping)
