@@ -45,14 +45,22 @@ class Trainer(GOLDTrainer):
     Args:
         pair: its student wraps the very model that is trained.
         texts: prompts by the ids that the student reads.
-        gold: minigold's settings; what TRL does itself (steps, sampling, optimizer) is not read.
+        gold: minigold's settings of the loss; the others (steps, sampling, optimizer) are TRL's.
     """
 
     def __init__(
         self, *, pair: Pair, texts: dict[tuple[int, ...], Prompt], gold: Config, **given: Any
     ) -> None:
+        if gold.picks:
+            raise ValueError(
+                f"expected a mask known before the pass, got {gold.where}; see train_pass"
+            )
         self.pair, self.texts, self.gold = pair, texts, gold
         super().__init__(**given)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                "expected one process, got several; start it without accelerate or torchrun"
+            )
         pair.student.decoder.train()  # refuses dropout; checkpoints layers where TRL has asked for it
 
     def compute_loss(self, _: Any, inputs: dict[str, Any], *__: Any, **___: Any) -> torch.Tensor:
@@ -80,8 +88,8 @@ class Trainer(GOLDTrainer):
         )  # fmt: skip
         return gold_loss(
             torch.cat(student), torch.cat(teacher), rows=rows, events=pair.events, beta=gold.beta,
-            student_head=tempered(pair.student, 1), teacher_head=tempered(pair.teacher, 1),
-            weight=1 / n_chosen,
+            student_head=tempered(pair.student, gold.student_temperature),
+            teacher_head=tempered(pair.teacher, gold.teacher_temperature), weight=1 / n_chosen,
         ).total  # fmt: skip
 
     def answers(self, inputs: dict[str, Any]) -> list[Answer]:

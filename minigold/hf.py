@@ -310,7 +310,7 @@ class HFDecoder(nn.Module):
     @torch.no_grad()
     def _check_causal(self) -> None:
         ids = self._probe()
-        if not _near(self(ids[:, : PROBE // 2]), self(ids)[:, : PROBE // 2], times=16):
+        if not _near(self(ids[:, : PROBE // 2]), self(ids)[:, : PROBE // 2], within=1e-3):
             raise ValueError(
                 f"expected a causal language model, got {type(self.module).__name__}, whose states depend on later "
                 "tokens"
@@ -334,7 +334,7 @@ class HFDecoder(nn.Module):
                     column_B1 = (length_B + step)[:, None]
                     told_B1D = cache.read(ids.gather(1, column_B1))
                     wanted_B1D = hidden_BSD.take_along_dim(column_B1[:, :, None], 1)
-                    if not _near(told_B1D, wanted_B1D, times=16):
+                    if not _near(told_B1D, wanted_B1D, within=1e-3):
                         return None
         except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError):
             return None  # whatever it keeps, it is not these
@@ -493,12 +493,19 @@ def _mode(module: nn.Module, *, train: bool) -> Iterator[None]:
             one.training = not train
 
 
-def _near(found: Tensor, wanted: Tensor, *, times: float = 0.5, each: bool = False) -> bool:
-    """Equal to some times the rounding of the coarser type, of the largest number or of `each`."""
+def _near(
+    found: Tensor, wanted: Tensor, *, within: float = 0.0, times: float = 0.5, each: bool = False
+) -> bool:
+    """Equal to some times the rounding of the coarser type, relative to the largest number or to `each`.
+
+    Args:
+        within: other products or orders of sums lie between; this far apart is still equal, in types of
+            few bits 16 times their rounding.
+    """
     if found.shape != wanted.shape:
         return False
-    limit = max(1e-5, times * max(torch.finfo(x.dtype).eps for x in (found, wanted)))
+    eps = max(torch.finfo(x.dtype).eps for x in (found, wanted))
+    limit = max(within, 16 * eps) if within else max(1e-5, times * eps)
     size = wanted.abs().double()
-    return bool(
-        ((found.double() - wanted.double()).abs() <= limit * (size if each else size.max())).all()
-    )
+    apart = (found.double() - wanted.double()).abs()
+    return bool((apart <= limit * (size if each else size.max())).all())

@@ -1229,6 +1229,20 @@ MUTANTS = (
         "",
         "tests/test_hf.py",
     ),
+    # in TRL's trainer the loss grows with the batch
+    Mutant(
+        "examples/in_trl.py",
+        "weight=1 / n_chosen",
+        "weight=1.0",
+        "tests/test_in_trl.py",
+    ),
+    # the cache is filled with rows that were never cut
+    Mutant(
+        "minigold/hf.py",
+        "self.mask_BJ = (column_J >= len(column_J) - length_B[:, None]).long()",
+        "self.mask_BJ = torch.ones_like(self.mask_BJ)",
+        "tests/test_hf.py",
+    ),
 )
 
 

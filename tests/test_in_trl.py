@@ -54,9 +54,14 @@ def sampled_batch(trainer: Any) -> dict[str, Any]:
 def test_the_gradient_in_trl_is_that_of_our_own_loop(
     student: Path, teacher: Path, where: str, tmp_path: Path
 ) -> None:
-    """On a batch that TRL's trainer has sampled."""
+    """On a batch that TRL's trainer has sampled, with temperatures of the loss."""
     gold = Config(
-        student_plain=student == GEMMA, teacher_plain=teacher == GEMMA, where=where, micro_batch=3
+        student_plain=student == GEMMA,
+        teacher_plain=teacher == GEMMA,
+        where=where,
+        micro_batch=3,
+        student_temperature=1.5,
+        teacher_temperature=0.8,
     )
     pair, texts, given = pieces(student, teacher, gold)
     settings = in_trl.settings(str(tmp_path), teacher, max_steps=1, per_device_train_batch_size=6)
@@ -98,6 +103,11 @@ def test_answers_that_trl_sampled_are_read_as_they_are(tmp_path: Path) -> None:
 def test_a_sentencepiece_teacher_trains_a_student_in_trl() -> None:
     before, after = in_trl.run(LLAMA, GEMMA, steps=10, n=40)
     assert after < before - 0.1
+
+
+def test_masks_that_the_example_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected a mask known before the pass, got soft-or"):
+        in_trl.Trainer(pair=None, texts={}, gold=Config(where="soft-or"))
 
 
 @pytest.mark.slow
