@@ -115,7 +115,8 @@ class HFDecoder(nn.Module):
     Raises:
         ValueError: no trunk or head is found; weights on several devices; a head with weights
             beside its matrix and bias; logits that are not what the head makes of the hidden
-            states; states that depend on later tokens.
+            states; states that depend on more than the
+            tokens of the row up to them.
     """
 
     def __init__(self, module: Any) -> None:
@@ -140,13 +141,13 @@ class HFDecoder(nn.Module):
             )
         self._check_head()
         self.n_tokens = self.head.weight_VD.shape[0]
-        self._check_causal()
         self.cache_kind: tuple[str, Callable[[], Any]] | None = self._cache_kind()
         if self.cache_kind is None:
             log.warning(
                 "%s keeps no plain keys and values: while sampling, every token reads its row anew",
                 type(module).__name__,
             )
+        self._check_alone()
 
     @property
     def embedding(self) -> Any:
@@ -308,13 +309,19 @@ class HFDecoder(nn.Module):
             )
 
     @torch.no_grad()
-    def _check_causal(self) -> None:
-        ids = self._probe()
-        if not _near(self(ids[:, : PROBE // 2]), self(ids)[:, : PROBE // 2], within=1e-3):
+    def _check_alone(self) -> None:
+        """After other passes, with and without a cache."""
+        ids, cause = self._probe(), None
+        try:
+            part, whole = self(ids[:1, : PROBE // 2]), self(ids)[:1, : PROBE // 2]
+        except RuntimeError as error:  # what it keeps has the shape of an earlier pass
+            part, whole, cause = ids[:0], ids, error
+        if not _near(part, whole, within=1e-3):
             raise ValueError(
-                f"expected a causal language model, got {type(self.module).__name__}, whose states depend on later "
-                "tokens"
-            )
+                f"expected {type(self.module).__name__} to give states that depend on the tokens of the row up to "
+                "them alone, got others: by later tokens, other rows, or what it keeps of earlier passes; such a "
+                "module is not built in"
+            ) from cause
 
     @torch.no_grad()
     def _cache_kind(self) -> tuple[str, Callable[[], Any]] | None:

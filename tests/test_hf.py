@@ -610,9 +610,26 @@ def test_models_that_look_ahead_are_refused() -> None:
             return self.inner(ids, attention_mask=self.nothing(ids), **kwargs)
 
     with pytest.raises(
-        ValueError, match="expected a causal language model, got Sees, whose states"
+        ValueError, match="expected Sees to give states that depend on the tokens of"
     ):
         HFDecoder(Sees(module))
+
+
+def test_modules_that_keep_something_of_earlier_passes_are_refused() -> None:
+    class Keeps(Odd):
+        def __init__(self, module: Any) -> None:
+            super().__init__(module)
+            self.passes, trunk = 0, module.get_decoder()
+            self.get_decoder = lambda: lambda **k: self.moved(trunk(**k))
+
+        def moved(self, found: Any) -> Any:
+            self.passes += 1
+            if self.passes > 4:
+                found.last_hidden_state = found.last_hidden_state * 1.1**self.passes
+            return found
+
+    with pytest.raises(ValueError, match="other rows, or what it keeps of earlier passes"):
+        HFDecoder(Keeps(module_of("llama")))
 
 
 def test_settings_and_places_that_do_not_go_together_are_refused(
