@@ -512,10 +512,13 @@ def test_a_run_of_a_module_is_written_resumed_and_read_again(
     assert len((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()) == 3
 
 
+@pytest.mark.parametrize("adapter", [True, False])
 def test_a_family_that_is_built_in_goes_on_without_transformers(
-    folders: Path, tmp_path: Path
+    adapter: bool, folders: Path, tmp_path: Path, quiet_peft: None
 ) -> None:
-    _, student = both_of(folders / "gemma3_text")
+    _, student = both_of(folders / "llama")
+    if adapter:
+        student = wrap(adapted(student.decoder.module), folders / "llama")
     distill(student, teacher_of(), TEXTS, CONFIG, out=tmp_path / "run")
     own = mg.load(tmp_path / "run" / "final")
     assert (own.eos_ids, own.template) == (student.eos_ids, student.template)
