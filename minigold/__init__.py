@@ -15,6 +15,7 @@ Read the files in the order of the data; each imports only from files above it:
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
     config, config_file, data, sandbox, chat, rope, families, weights, lora, load    the edges of the loop
+    hf          a module of transformers -> a student or teacher
     tiers, wire, http_teacher    how much a teacher says; one that another process serves
     pair, batch, rollout    both sides of an answer
     score       completions -> a file of what the teacher says, which is a teacher too
@@ -70,8 +71,8 @@ __version__ = "0.1.0"
 
 MODULES = (  # in reading order
     "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss",
-    "config", "config_file", "data", "sandbox", "chat", "rope", "families", "weights", "lora", "load", "tiers", "wire",
-    "http_teacher", "pair", "batch", "rollout", "score", "masked", "metrics", "generate", "evaluate", "watch",
+    "config", "config_file", "data", "sandbox", "chat", "rope", "families", "weights", "lora", "load", "hf",
+    "tiers", "wire", "http_teacher", "pair", "batch", "rollout", "score", "masked", "metrics", "generate", "evaluate", "watch",
     "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup", "page", "history", "chart", "report",
     "log_to", "demo_task", "demo", "cli_align", "cli_teacher", "cli_models", "stop", "progress", "cli",
 )  # fmt: skip

@@ -43,10 +43,11 @@ from minigold import metrics as measured
 from minigold.config import BEST_BY, Config, option_name
 from minigold.data import Prompt, own_file, parse_object, read_object
 from minigold.evaluate import best_of
+from minigold.hf import HFDecoder
 from minigold.load import LanguageModel
 from minigold.lora import SETTINGS, TENSORS, adapter_of, load_adapter, save_adapter
 from minigold.pair import Pair
-from minigold.weights import load_decoder, save_decoder
+from minigold.weights import copy_tokenizer, load_decoder, save_decoder
 
 if TYPE_CHECKING:
     from minigold.train import Step
@@ -211,6 +212,8 @@ def open_run(
             checkpoints alone.
     """
     check_out(out, resume=resume)
+    if isinstance(pair.student.decoder, HFDecoder):
+        pair.student.decoder.check_saving()
     run = Run(out, pair, optimizer, config.keep, config.best_by)
     settings, path = settings_of(pair, prompts, config, eval_prompts), out / "config.json"
     begun = path.is_file()
@@ -445,7 +448,10 @@ def _save_student(student: LanguageModel, folder: Path) -> None:
     """As a model or, where an adapter is trained, as that alone."""
     decoder, source = student.decoder, student.folder
     name, place = student.base or (student.name, student.folder)
-    if adapter_of(decoder):
+    if isinstance(decoder, HFDecoder):
+        copy_tokenizer(source, folder)
+        decoder.save(folder)
+    elif adapter_of(decoder):
         save_adapter(decoder, folder, source=source, base=name, base_folder=place)
     else:
         save_decoder(decoder, folder, source=source, base=place)
@@ -453,6 +459,9 @@ def _save_student(student: LanguageModel, folder: Path) -> None:
 
 def _load_student(student: LanguageModel, folder: Path) -> None:
     decoder = student.decoder
+    if isinstance(decoder, HFDecoder):
+        decoder.restore(folder)
+        return
     if adapter_of(decoder):
         load_adapter(decoder, folder)
         return

@@ -20,6 +20,7 @@ from minigold.config import Config
 from minigold.cost import Rates, Sizes
 from minigold.data import Message, Prompt
 from minigold.load import LanguageModel
+from minigold.model import Decoder, ModelConfig
 from minigold.pair import Pair, make_pair
 from minigold.train import check_adapter, check_eval_prompts, check_prompts
 
@@ -89,6 +90,14 @@ def estimate(
     }
 
 
+def _shape(model: LanguageModel) -> ModelConfig:
+    if isinstance(model.decoder, Decoder):
+        return model.decoder.config
+    raise ValueError(
+        f"expected models that minigold loads for a dry run, got {model.name}, a module of transformers"
+    )
+
+
 def sizes_of(
     pair: Pair, prompts: Sequence[Prompt], config: Config, *, device: torch.device,
     dtype: torch.dtype,
@@ -106,8 +115,8 @@ def sizes_of(
     rows, new = config.batch_size * config.rollouts, config.max_new_tokens
     t_new = ceil(new * _teacher_tokens_a_token(pair, prompts))
     return Sizes(
-        student=pair.student.decoder.config,
-        teacher=pair.teacher.decoder.config,
+        student=_shape(pair.student),
+        teacher=_shape(pair.teacher),
         student_ids=pair.student.n_tokens,
         teacher_ids=pair.teacher.n_tokens,
         n_events=pair.events.n_events,

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer
@@ -28,6 +28,9 @@ from minigold.lora import SETTINGS, load_adapter, read_settings
 from minigold.model import Decoder
 from minigold.teacher import Reading, Score, score
 from minigold.weights import load_decoder, read_config
+
+if TYPE_CHECKING:
+    from minigold.hf import HFDecoder
 
 __all__ = [
     "LanguageModel",
@@ -81,7 +84,7 @@ class Speaker:
 class LanguageModel(Speaker):
     """A speaker and its decoder. As a teacher it is in process, and nothing of it is hidden."""
 
-    decoder: Decoder
+    decoder: Decoder | HFDecoder
     tier: ClassVar[str] = "dense"
 
     def read(

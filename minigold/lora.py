@@ -91,8 +91,8 @@ class AdaptedLinear(Linear):
         return layer
 
 
-def adapter_of(decoder: Decoder) -> Adapter | None:
-    """What a decoder has beside its own weights."""
+def adapter_of(decoder: nn.Module) -> Adapter | None:
+    """What a decoder has beside its own weights; an adapter of `peft` is none of these."""
     found = {n: one for n, one in decoder.named_modules() if isinstance(one, AdaptedLinear)}
     if not found:
         return None

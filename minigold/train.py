@@ -27,6 +27,7 @@ from minigold.checkpoint import Run, open_run
 from minigold.config import Config, option_name
 from minigold.data import Prompt
 from minigold.evaluate import best_of, evaluate
+from minigold.hf import HFDecoder
 from minigold.load import LanguageModel, Speaker
 from minigold.lora import Adapter, adapt, adapter_of, merge, new_tensors
 from minigold.masked import acceptance_of, choose_chunks, train_pass
@@ -219,8 +220,11 @@ def choose_trained(student: LanguageModel, config: Config) -> None:
     """Leaves gradients to all weights or, with `--lora-rank`, to an adapter's alone.
 
     A student that has an adapter goes on with it; where the weights are trained, it is merged first.
+    Of a module of `transformers` what needs a gradient is the caller's choice.
     """
     decoder = student.decoder
+    if isinstance(decoder, HFDecoder):
+        return
     if not config.lora_rank:
         merge(decoder)
         decoder.requires_grad_(True)
@@ -355,8 +359,21 @@ def check_adapter(student: LanguageModel, config: Config) -> None:
     """Refuses another adapter than the student has.
 
     Raises:
-        ValueError: of another rank, alpha or layers.
+        ValueError: of another rank, alpha or layers; a module of `transformers` with `--lora-rank`, or
+            without any weight to train.
     """
+    if isinstance(student.decoder, HFDecoder):
+        if config.lora_rank:
+            raise ValueError(
+                "expected --lora-rank with a model that minigold loads, got a module of transformers; give "
+                "it an adapter with get_peft_model of peft"
+            )
+        if not trained_weights(student.decoder):
+            raise ValueError(
+                f"expected weights that require a gradient in {student.name}, got none; an adapter that peft "
+                "loads needs is_trainable=True"
+            )
+        return
     there = adapter_of(student.decoder)
     asked = Adapter(config.lora_rank, config.lora_alpha, config.adapted)
     if there and config.lora_rank and there != asked:

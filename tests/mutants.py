@@ -1208,6 +1208,69 @@ MUTANTS = (
         "        holds = value >= 0\n",
         "tests/test_experiments.py",
     ),
+    # a module's matrix is used, and what is done to its logits is not
+    Mutant(
+        "minigold/hf.py",
+        "other = FAR * torch",
+        "other = 1e-4 * FAR * torch",
+        "tests/test_hf.py",
+    ),
+    # positions count the columns of padding as well
+    Mutant(
+        "minigold/hf.py",
+        'more["position_ids"] = self.next_B[:, None] + ahead',
+        'more["position_ids"] = n_old + ahead.expand(ids_BS.shape)',
+        "tests/test_hf.py",
+    ),
+    # rows keep the tokens that they had in the other cache, padding in the middle
+    Mutant(
+        "minigold/hf.py",
+        "found[rows_K, :, n - used :] = new[from_K]",
+        "found[rows_K, :, :used] = new[from_K]",
+        "tests/test_hf.py",
+    ),
+    # the module is left in the mode that minigold needed
+    Mutant(
+        "minigold/hf.py",
+        "            one.training = not train\n",
+        "            one.training = train\n",
+        "tests/test_hf.py",
+    ),
+    # the student trains with dropout, and samples without
+    Mutant(
+        "minigold/hf.py",
+        "if dropout or not _near(awake, asleep):",
+        "if dropout and not _near(awake, asleep):",
+        "tests/test_hf.py",
+    ),
+    # checkpointing is asked for and not done
+    Mutant(
+        "minigold/hf.py",
+        "train=learns and self.training and self.checkpointing",
+        "train=False",
+        "tests/test_hf.py",
+    ),
+    # a student with an adapter of peft: its base is trained too
+    Mutant(
+        "minigold/train.py",
+        "    if isinstance(decoder, HFDecoder):\n        return\n",
+        "",
+        "tests/test_hf.py",
+    ),
+    # in TRL's trainer the loss grows with the batch
+    Mutant(
+        "examples/in_trl.py",
+        "weight=1 / n_chosen",
+        "weight=1.0",
+        "tests/test_in_trl.py",
+    ),
+    # the cache is filled with rows that were never cut
+    Mutant(
+        "minigold/hf.py",
+        "self.mask_BJ = (column_J >= len(column_J) - length_B[:, None]).long()",
+        "self.mask_BJ = torch.ones_like(self.mask_BJ)",
+        "tests/test_hf.py",
+    ),
 )
 
 

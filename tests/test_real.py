@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import minigold as mg
 from minigold.chat import prompt_ids
 from minigold.data import read_prompts
+from minigold.hf import wrap
 from minigold.load import LanguageModel
 from minigold.offsets import encode_continuation, spans_of_ids, text_of_ids
+from minigold.sample import sample
 from minigold.train import Step
 from real_models import EXAMPLES, greedy_difference, real_folder
 from strategies import SNIPPETS
@@ -96,6 +98,24 @@ def test_greedy_answers_equal_those_of_transformers(name: str) -> None:
     if model.template is not None:
         prompts.append(prompt_ids(model, "Name three colours.", plain=False))
     assert greedy_difference(model.folder, prompts, max_new_tokens=24) == []
+
+
+@MODELS
+def test_a_module_of_transformers_answers_as_our_own_decoder(name: str) -> None:
+    """The same samples, past the window of a long prompt too."""
+    model = own(name)
+    module = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    wrapped = wrap(module, their_tokenizer(name))
+    for key in ("template", "eos_ids", "end_id", "bos_token", "eos_token", "n_tokens", "context"):
+        assert getattr(wrapped, key) == getattr(model, key), key
+    prompts = [prompt_ids(model, text, plain=True) for text in (*[*TEXTS.values()][:3], LONG)]
+    found = [
+        sample(one.decoder, prompts, max_new_tokens=12, eos_ids=model.eos_ids, seed=3)
+        for one in (model, wrapped)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert one.ids == other.ids
+        torch.testing.assert_close(one.logp_S, other.logp_S, atol=EXACT, rtol=EXACT)
 
 
 def test_a_chat_prompt_equals_that_of_transformers() -> None:
