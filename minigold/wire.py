@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
 
 __all__ = ["ServerError", "Wire", "wire_to"]
 
@@ -141,6 +143,12 @@ class Wire:
         return [done[i] for i in range(len(jobs))]
 
     def _exchange(self, path: str, body: dict[str, Any] | None, most: int) -> Any:
+        from http.client import (  # 25 ms: only if used
+            HTTPConnection,
+            HTTPException,
+            HTTPSConnection,
+        )
+
         kind = HTTPSConnection if self.scheme == "https" else HTTPConnection
         until = time.monotonic() + self.timeout
         connection = kind(self.host, self.port, timeout=self.timeout)
@@ -214,6 +222,8 @@ def wire_to(url: str, *, timeout: float, patience: float, connections: int, key:
 
 def _body(response: HTTPResponse, most: int, until: float) -> bytes:
     """The answer, or a little more than `most` bytes of it."""
+    from http.client import IncompleteRead
+
     parts, size = [], 0
     while size <= most:
         part = response.read1(2**16)
@@ -224,7 +234,7 @@ def _body(response: HTTPResponse, most: int, until: float) -> bytes:
         if time.monotonic() > until:
             raise TimeoutError
     if size <= most and response.length:  # of those that were promised
-        raise HTTPException(f"{response.length} bytes too few")
+        raise IncompleteRead(b"".join(parts), response.length)
     return b"".join(parts)
 
 

@@ -98,11 +98,11 @@ def test_importing_the_package_loads_nothing_else() -> None:
 
 def test_importing_all_of_it_costs_little_beyond_torch() -> None:
     code = (
-        "import time, torch; start = time.process_time(); import minigold.cli, minigold.demo; "
-        "print(time.process_time() - start)"  # of the process: other work on the machine aside
+        "import time; start = time.process_time(); import torch; torch_too = time.process_time(); "
+        "import minigold.cli, minigold.demo; print((time.process_time() - torch_too) / (torch_too - start))"
     )
-    seconds = [float(python(code)) for _ in range(3)]
-    assert statistics.median(seconds) <= 0.3, seconds
+    shares = [float(python(code)) for _ in range(3)]  # of the processor's time for torch itself
+    assert statistics.median(shares) <= 0.25, shares
 
 
 def test_importing_changes_no_global_state() -> None:
