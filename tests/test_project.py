@@ -102,7 +102,7 @@ def test_importing_all_of_it_costs_little_beyond_torch() -> None:
         "import minigold.cli, minigold.demo; print((time.process_time() - torch_too) / (torch_too - start))"
     )
     shares = [float(python(code)) for _ in range(3)]  # of the processor's time for torch itself
-    assert statistics.median(shares) <= 0.25, shares
+    assert statistics.median(shares) <= 0.3, shares
 
 
 def test_importing_changes_no_global_state() -> None:
