@@ -40,7 +40,14 @@ from minigold.cli_teacher import open_teacher, teacher_options
 from minigold.config import Config, option_name
 from minigold.data import Prompt, read_prompts
 from minigold.load import load
-from minigold.masked import acceptance_of, choose_chunks, chunk_weight, micro_batches, train_pass, work_saved
+from minigold.masked import (
+    acceptance_of,
+    choose_chunks,
+    chunk_weight,
+    micro_batches,
+    train_pass,
+    work_saved,
+)
 from minigold.model import Decoder
 from minigold.pair import Pair, make_pair
 from minigold.rollout import MASK, collect, precision, sample_answers, seeds_of
@@ -145,7 +152,9 @@ def take_step(
     dist.all_reduce(total)
     if max(passes):
         parameters = trained_weights(decoder)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).full_tensor())
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).full_tensor()
+        )
         if not math.isfinite(norm + float(total)):
             raise FloatingPointError(
                 f"step {number}: expected a finite loss and gradient, got a loss of {float(total)} and a "
@@ -185,19 +194,23 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     for f in fields(Config):
         if f.name not in ABSENT:
-            kind = {"action": "store_true"} if f.type == "bool" else {"type": type(f.default)}
-            parser.add_argument(option_name(f.name), default=f.default, help=f.metadata["help"], **kind)
+            kind = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+            parser.add_argument(
+                option_name(f.name), default=f.default, help=f.metadata["help"], **kind
+            )
     return parser
 
 
 def distill(args: argparse.Namespace, device: torch.device) -> None:
     """`minigold.distill` over all ranks."""
-    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config) if f.name not in ABSENT})
+    config = Config(
+        **{f.name: getattr(args, f.name) for f in fields(Config) if f.name not in ABSENT}
+    )
     rows = config.batch_size * config.rollouts
     if config.picks or rows < dist.get_world_size():
         raise ValueError(
             f"expected a mask other than divergence and soft-or, and at least one row a step for each of "
-            f"{dist.get_world_size()} ranks, got {config.where} and {rows}; use --where sampled or a "
+            f"{dist.get_world_size()} ranks, got {config.where} and {rows} rows; use --where sampled or a "
             "larger --batch-size"
         )
     prompts, first = read_prompts(args.prompts), dist.get_rank() == 0
