@@ -1180,6 +1180,34 @@ MUTANTS = (
         "        holds = value >= 0\n",
         "tests/test_experiments.py",
     ),
+    # the ranks' gradients are averaged where they should be added up
+    Mutant(
+        "examples/torchrun_fsdp2.py",
+        "weight = world * chunk_weight",
+        "weight = chunk_weight",
+        "tests/test_torchrun.py",
+    ),
+    # each rank divides by its own number of chunks
+    Mutant(
+        "examples/torchrun_fsdp2.py",
+        "chunk_weight(rollouts, chosen, config)",
+        "chunk_weight(own, chosen[mine], config)",
+        "tests/test_torchrun.py",
+    ),
+    # the next step samples from the old embedding and head
+    Mutant(
+        "examples/torchrun_fsdp2.py",
+        "    decoder.reshard()  # else",
+        "    # else",
+        "tests/test_torchrun.py",
+    ),
+    # a row's random stream depends on the rows beside it
+    Mutant(
+        "minigold/rollout.py",
+        "(seeds or seeds_of(config.seed, number, DRAW, len(rows)))[part]",
+        "(seeds or seeds_of(config.seed, number, DRAW, len(rows)))[: len(coins)]",
+        "tests/test_masked.py",
+    ),
 )
 
 
