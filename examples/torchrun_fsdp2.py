@@ -8,7 +8,7 @@ Each process (rank) answers its share of a step's rows. Seeds, masks, counts and
 the whole step, so that a run is that of one process but for rounding; RUN gets metrics.jsonl,
 samples.jsonl and final/. The teacher is whole in each process, or a server.
 Not here: checkpoints, evaluation, adapters, CUDA graphs, and the masks divergence and soft-or, which
-pick by micro-batch: other micro-batches would pick others.
+pick within a micro-batch: other micro-batches would pick others. Numbers that are not finite end the run.
 """
 
 from __future__ import annotations
@@ -94,12 +94,6 @@ def whole(decoder: Decoder) -> Iterator[None]:
         layer.reshard()
 
 
-def share_of(rank: int, n: int) -> slice:
-    """The rows of a rank."""
-    world = dist.get_world_size()
-    return slice(n * rank // world, n * (rank + 1) // world)
-
-
 def gathered(own: Sequence[Rollout]) -> list[Rollout]:
     """The rollouts of all ranks in the order of the rows, without the teacher's states."""
     bare = [replace(r, score=replace(r.score, hidden_MD=r.score.hidden_MD[:0].cpu())) for r in own]
@@ -126,8 +120,8 @@ def take_step(
     number: int,
 ) -> Step:
     """`minigold.train.take_step`, on this rank's share of the rows."""
-    decoder, world = pair.student.decoder, dist.get_world_size()
-    parts = [share_of(rank, len(batch) * config.rollouts) for rank in range(world)]
+    decoder, n, world = pair.student.decoder, len(batch) * config.rollouts, dist.get_world_size()
+    parts = [slice(n * rank // world, n * (rank + 1) // world) for rank in range(world)]
     mine, clock = parts[dist.get_rank()], [time.perf_counter()]
     with whole(decoder):
         answers, student_side = sample_answers(pair, batch, config, number=number, part=mine)
@@ -138,8 +132,7 @@ def take_step(
     seed = seeds_of(config.seed, number, MASK, 1)[0]
     chosen = choose_chunks(rollouts, kept, pair.events, config, seed=seed)
     clock.append(time.perf_counter())
-    # FSDP2 divides the sum of the gradients by the number of ranks
-    weight = world * chunk_weight(rollouts, chosen, config)
+    weight = world * chunk_weight(rollouts, chosen, config)  # FSDP2 divides the sum by the ranks
     result = train_pass(pair, own, chosen[mine], config, weight=weight)
     passes = [
         len(micro_batches(rollouts[part], chosen[part], config.micro_batch)) for part in parts
@@ -148,23 +141,24 @@ def take_step(
         empty_pass(pair)
     saved = work_saved(pair.student, rollouts, chosen, chosen)
     decoder.reshard()  # else the optimizer's new weights would not be seen
-    total, norm = torch.tensor(result.loss / world, device=decoder.device), 0.0
+    total = torch.tensor(result.loss / world, dtype=torch.float64, device=decoder.device)
     dist.all_reduce(total)
+    loss, norm = float(total), 0.0
     if max(passes):
         parameters = trained_weights(decoder)
         norm = float(
             torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).full_tensor()
         )
-        if not math.isfinite(norm + float(total)):
+        if not math.isfinite(norm + loss):
             raise FloatingPointError(
-                f"step {number}: expected a finite loss and gradient, got a loss of {float(total)} and a "
-                f"gradient norm of {norm}; begin again with a lower --lr"
+                f"step {number}: expected a finite loss and gradient, got a loss of {loss} and a gradient "
+                f"norm of {norm}; begin again with a lower --lr"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     clock.append(time.perf_counter())
     numbers = measured.step_metrics(
-        rollouts, chosen, config, loss=float(total), work_saved=saved, clock=clock
+        rollouts, chosen, config, loss=loss, work_saved=saved, clock=clock
     )
     extra = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "ranks": world}
     row = measured.plain({"step": number, **numbers, **extra})

@@ -116,7 +116,8 @@ class Pass:
 def chunk_weight(rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config) -> float:
     """What each trained chunk's loss counts: one denominator for the whole step."""
     n_chunks = sum(len(mask) for mask in chosen)
-    return 1 / max(sum(n_trained(rollouts, chosen, config)), FLOOR_SHARE * n_chunks, 1)
+    n_chosen = sum(n_trained(rollouts, chosen, config))
+    return 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)
 
 
 def train_pass(

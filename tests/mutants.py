@@ -485,8 +485,8 @@ MUTANTS = (
     # the step's loss is divided by all chunks
     Mutant(
         "minigold/masked.py",
-        "weight = 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)",
-        "weight = 1 / max(n_chunks, 1)",
+        "return 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)",
+        "return 1 / max(n_chunks, 1)",
         "tests/test_train.py",
     ),
     # a layer keeps three tensors of the MLP's width, not four
