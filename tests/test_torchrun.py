@@ -145,7 +145,10 @@ def trained_rows(steps: Sequence[Step], ranks: int) -> list[list[int]]:
 
 
 def assert_same(many: Path, one: Path, steps: Sequence[Step], ranks: int) -> None:
-    """Samples and masks exactly, numbers to 2e-5, weights to 1e-6: float32, sums in another order."""
+    """Samples and masks exactly, numbers to 2e-5, weights to a hundredth of the learning rate.
+
+    All is float32, with sums in another order; AdamW makes much of the noise in a gradient near 0.
+    """
     samples = [[{key: row[key] for key in EXACT} for row in lines(folder / "samples.jsonl")]
                for folder in (many, one)]  # fmt: skip
     assert samples[0] == samples[1]
@@ -159,7 +162,7 @@ def assert_same(many: Path, one: Path, steps: Sequence[Step], ranks: int) -> Non
                 expected = pytest.approx(expected, rel=2e-5, abs=1e-6)
             assert row[key] == expected, key
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (many, one))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=BASE["lr"] / 100)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -180,7 +183,7 @@ def test_two_processes_do_what_one_does(
     start, end = (load_file(folder / "model.safetensors")
                   for folder in (work / RUNS[name]["student"], two[0] / name / "final"))  # fmt: skip
     moved = [float((end[key] - start[key]).abs().max()) for key in start]
-    assert min(moved) > 1e-4  # a hundred times the tolerance
+    assert min(moved) > BASE["lr"]
     assert len(mg.load(two[0] / name / "final").decoder.state_dict()) == len(start)
 
 
