@@ -9,6 +9,7 @@ the whole step, so that a run is that of one process but for rounding; RUN gets 
 samples.jsonl and final/. The teacher is whole in each process, or a server.
 Not here: checkpoints, evaluation, adapters, CUDA graphs, and the masks divergence and soft-or, which
 pick within a micro-batch: other micro-batches would pick others. Numbers that are not finite end the run.
+Needs torch 2.8 or later (`set_reshard_after_forward`); tried with 2.13 on CPUs, not on GPUs yet.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from minigold import metrics as measured
 from minigold.batch import Rollout
 from minigold.checkpoint import check_out
 from minigold.cli import step_line
-from minigold.cli_models import find_dtype
+from minigold.cli_models import find_device, find_dtype
 from minigold.cli_teacher import open_teacher, teacher_options
 from minigold.config import Config, option_name
 from minigold.data import Prompt, read_prompts
@@ -237,11 +238,11 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = options().parse_args(argv)
     check_out(args.out)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    cuda = args.device == "cuda"
+    device = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+    if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         distill(args, device)
     finally:
