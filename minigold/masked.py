@@ -36,7 +36,7 @@ from minigold.sample import completion_states, pad
 from minigold.teacher import Listed, Score
 from minigold.tiers import Teacher
 
-__all__ = ["Pass", "acceptance_of", "choose_chunks", "train_pass"]
+__all__ = ["Pass", "acceptance_of", "choose_chunks", "chunk_weight", "micro_batches", "train_pass"]
 
 FLOOR_SHARE = 0.05  # a step's denominator is at least this share of its chunks
 
@@ -113,18 +113,31 @@ class Pass:
     trained: list[Array]
 
 
+def chunk_weight(rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config) -> float:
+    """What each trained chunk's loss counts: one denominator for the whole step."""
+    n_chunks = sum(len(mask) for mask in chosen)
+    n_chosen = sum(n_trained(rollouts, chosen, config))
+    return 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)
+
+
 def train_pass(
-    pair: Pair, rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config
+    pair: Pair,
+    rollouts: Sequence[Rollout],
+    chosen: Sequence[Array],
+    config: Config,
+    *,
+    weight: float | None = None,
 ) -> Pass:
     """Adds the gradient of the mean loss over the trained chunks to the student's parameters.
 
     Rows run to the last state that a chosen chunk needs; rows without one are left out; the head
-    runs on the needed states alone. One denominator for the whole step. `divergence` and `soft-or`
-    train the largest `--fraction` of each micro-batch's chosen chunks.
+    runs on the needed states alone. `divergence` and `soft-or` train the largest `--fraction` of each
+    micro-batch's chosen chunks.
+
+    Args:
+        weight: of each chunk's loss, where these rollouts are only some of a step's.
     """
-    n_chunks = sum(len(mask) for mask in chosen)
-    n_chosen = sum(n_trained(rollouts, chosen, config))
-    weight = 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)
+    weight = chunk_weight(rollouts, chosen, config) if weight is None else weight
     device, total = pair.student.decoder.device, 0.0
     heads = {
         "student_head": tempered(pair.student, config.student_temperature),

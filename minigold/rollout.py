@@ -41,22 +41,25 @@ def sample_answers(
     *,
     number: int,
     seeds: Sequence[int] | None = None,
+    part: slice = slice(None),
 ) -> tuple[list[Answer], list[tuple[Array, Array] | None]]:
     """Answers of one step, and the student's log-probabilities and measures of those it sampled.
 
     Args:
         number: of the step; it seeds what is drawn.
         seeds: one per row, for the answers, in place of the step's own.
+        part: rows that are answered here; what is drawn for a row is the same whatever they are.
     """
     student, events = pair.student, pair.events
     rows = [prompt for prompt in batch for _ in range(config.rollouts)]
-    coins = np.random.default_rng([config.seed, COIN, number]).random(len(rows))
+    coins = np.random.default_rng([config.seed, COIN, number]).random(len(rows))[part]
+    seeds = (seeds or seeds_of(config.seed, number, DRAW, len(rows)))[part]
+    rows = rows[part]
     fixed = [
         p.completion is not None and c >= config.lmbda for p, c in zip(rows, coins, strict=True)
     ]
     ids = [prompt_ids(student, p.prompt, plain=config.student_plain) for p in rows]
     live = [i for i, is_fixed in enumerate(fixed) if not is_fixed]
-    seeds = seeds or seeds_of(config.seed, number, DRAW, len(rows))
 
     def watch(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
         if config.student_temperature != 1:

@@ -492,8 +492,8 @@ MUTANTS = (
     # the step's loss is divided by all chunks
     Mutant(
         "minigold/masked.py",
-        "weight = 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)",
-        "weight = 1 / max(n_chunks, 1)",
+        "return 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)",
+        "return 1 / max(n_chunks, 1)",
         "tests/test_train.py",
     ),
     # a layer keeps three tensors of the MLP's width, not four
@@ -1270,6 +1270,34 @@ MUTANTS = (
         "self.mask_BJ = (column_J >= len(column_J) - length_B[:, None]).long()",
         "self.mask_BJ = torch.ones_like(self.mask_BJ)",
         "tests/test_hf.py",
+    ),
+    # the ranks' gradients are averaged where they should be added up
+    Mutant(
+        "examples/torchrun_fsdp2.py",
+        "weight = world * chunk_weight",
+        "weight = chunk_weight",
+        "tests/test_torchrun.py",
+    ),
+    # each rank divides by its own number of chunks
+    Mutant(
+        "examples/torchrun_fsdp2.py",
+        "chunk_weight(rollouts, chosen, config)",
+        "chunk_weight(own, chosen[mine], config)",
+        "tests/test_torchrun.py",
+    ),
+    # the next step samples from the old embedding and head
+    Mutant(
+        "examples/torchrun_fsdp2.py",
+        "    decoder.reshard()  # else",
+        "    # else",
+        "tests/test_torchrun.py",
+    ),
+    # a row's random stream depends on the rows beside it
+    Mutant(
+        "minigold/rollout.py",
+        "(seeds or seeds_of(config.seed, number, DRAW, len(rows)))[part]",
+        "(seeds or seeds_of(config.seed, number, DRAW, len(rows)))[: len(coins)]",
+        "tests/test_masked.py",
     ),
 )
 

@@ -2,6 +2,8 @@
 """Which chunks a step trains, and that the rest costs nothing and changes nothing."""
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from minigold.loss import look
 from minigold.masked import (
     acceptance_of,
     choose_chunks,
+    chunk_weight,
     micro_batches,
     n_inputs,
     starts_of,
@@ -327,6 +330,43 @@ def test_a_step_reports_what_it_trained(where: str) -> None:
     assert 0 < share <= 1
     if where in ("divergence", "soft-or"):
         assert share == pytest.approx(0.35, abs=0.1)
+
+
+def test_parts_of_a_step_answer_as_the_whole_step_does() -> None:
+    pair, config = cross_pair(), settings("all", rollouts=2, lmbda=0.5)
+    prompts = [dataclasses.replace(p, completion=" a dog") for p in PROMPTS]
+    parts = [
+        sample_answers(pair, prompts, config, number=2, part=slice(a, b))
+        for a, b in pairwise((0, 5, 6, 6, 12))
+    ]
+    answers, sides = ([x for part in parts for x in part[i]] for i in range(2))
+    whole, whole_sides = sample_answers(pair, prompts, config, number=2)
+    assert {a.on_policy for a in whole} == {True, False}
+    assert [(a.prompt, a.ids) for a in answers] == [(a.prompt, a.ids) for a in whole]
+    for one, other in zip(sides, whole_sides, strict=True):
+        assert (one is None) == (other is None)
+        for mine, theirs in zip(one or (), other or (), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("bounds", [range(7), (0, 4, 4, 6)])
+def test_parts_of_a_step_add_up_to_its_gradient(few: bool, bounds: Sequence[int]) -> None:
+    pair, config = cross_pair(), settings("sampled")
+    rollouts = rollouts_of(pair)
+    chosen = chosen_of(pair, rollouts, config)
+    if few:  # so few that the denominator is a share of all
+        chosen = [mask & (np.arange(len(mask)) == i - 4) for i, mask in enumerate(chosen)]
+        assert 0 < count(chosen) < 0.05 * sum(map(len, chosen))
+    weight, decoder = chunk_weight(rollouts, chosen, config), pair.student.decoder
+    want, total = gradient_of(pair, rollouts, chosen, config), 0.0
+    for a, b in pairwise(bounds):
+        total += train_pass(pair, rollouts[a:b], chosen[a:b], config, weight=weight).loss
+    got = torch.cat([p.grad.flatten() for p in decoder.parameters()])
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+    decoder.zero_grad(set_to_none=True)
+    assert total == pytest.approx(train_pass(pair, rollouts, chosen, config).loss, rel=1e-5)
+    decoder.zero_grad(set_to_none=True)
 
 
 def test_starts_of() -> None:
