@@ -217,7 +217,10 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
     tokenizer gives for its bytes (`first_pieces` of the *other* vocabulary), which is that piece if
     it is shared; without one to its longest prefix that is an event, else to *other*.
 
-    `strict`: the same events, but a token that only one side has goes to *other*.
+    Texts that differ in the number of spaces at their end are one event: before a word, tokenizers
+    with a space in it write one space less than those without, and mean the same.
+
+    `strict`: the byte strings that are a text token in both, and the end of turn, but a token that only one side has goes to *other*.
 
     `byte`: the 256 bytes, and the end of turn. A text token goes to its first byte.
 
@@ -251,17 +254,19 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
         names = tuple(student.token_bytes)
         one = _side(student, names, None)
         return Events(names, one, one, identical, kind)
+    fold = _one_space if kind in ("prefix", CHUNK) else bytes
     if kind == "byte":
-        names = (*(bytes([byte]) for byte in range(256)), b"")
+        texts = {bytes([byte]): bytes([byte]) for byte in range(256)}
     else:
-        names = (*sorted(_texts(student) & _texts(teacher)), b"")
+        texts = {fold(x): x for x in sorted(_texts(student) & _texts(teacher), reverse=True)}
+    names = (*sorted(texts.values()), b"")  # the first of those that are one event
     if len(names) == 1:
         raise ValueError(
             "expected vocabularies that share text tokens, got none in common; "
             "check that both tokenizers were read with the right decoder"
         )
-    index = {text: event for event, text in enumerate(names[:-1])}
-    maps = _events_of(index, kind, (teacher.first_pieces, student.first_pieces))
+    index = {fold(text): event for event, text in enumerate(names[:-1])}
+    maps = _events_of(index, fold, kind, (teacher.first_pieces, student.first_pieces))
     ours, theirs = (
         _side(one, names, event_of, alone=not identical, carries=kind == "prefix")
         for one, event_of in zip((student, teacher), maps, strict=True)
@@ -311,9 +316,20 @@ def _texts(vocabulary: Vocabulary) -> set[bytes]:
     return {text for text, role in pairs if role == "text" and text}
 
 
+def _one_space(text: bytes) -> bytes:
+    r"""The text with one space at its end in place of any number of them, if there is one.
+
+    >>> _one_space(b"\n    "), _one_space(b" a")
+    (b'\n ', b' a')
+    """
+    stem = text.rstrip(b" ")
+    return text[: len(stem) + 1]
+
+
 def _events_of(
-    index: Mapping[bytes, int], kind: str, pieces: Sequence[Mapping[bytes, bytes]]
-) -> list[Callable[[bytes], int]]:
+    index: Mapping[bytes, int], fold: Callable[[bytes], bytes], kind: str,
+    pieces: Sequence[Mapping[bytes, bytes]],
+) -> list[Callable[[bytes], int]]:  # fmt: skip
     """Of each side, the event of any bytes; the number of events where there is none."""
     n_events = len(index) + 1  # the end of turn
     if kind not in ("prefix", CHUNK):
@@ -323,11 +339,11 @@ def _events_of(
     @cache
     def by_prefix(side: int, text: bytes) -> int:
         """The text itself, else what its first piece is on the other side, else a prefix."""
-        if text in index:
-            return index[text]
+        if fold(text) in index:
+            return index[fold(text)]
         piece = pieces[side].get(text, b"")
         found = by_prefix(1 - side, piece) if 0 < len(piece) < len(text) else n_events
-        prefixes = (text[:k] for k in range(len(text) - 1, 0, -1) if found == n_events)
+        prefixes = (fold(text[:k]) for k in range(len(text) - 1, 0, -1) if found == n_events)
         return next((index[prefix] for prefix in prefixes if prefix in index), found)
 
     return [partial(by_prefix, 0), partial(by_prefix, 1)]

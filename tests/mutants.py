@@ -932,6 +932,13 @@ MUTANTS = (
         "range(RUN)])}), n_runs)",
         "tests/test_watch.py",
     ),
+    # three spaces and ` return` are another thing than four and `return`
+    Mutant(
+        "minigold/events.py",
+        'fold = _one_space if kind in ("prefix", CHUNK) else bytes',
+        "fold = bytes",
+        "tests/test_events.py",
+    ),
     # right bytes in other tokens are a mistake
     Mutant(
         "minigold/load.py",

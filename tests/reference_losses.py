@@ -62,11 +62,18 @@ class SlowSide:
         ]
 
     def event_of(self, text: bytes) -> int:
-        """Itself, else the other side's first piece, else the longest prefix, else other."""
+        """Itself, else the other side's first piece, else the longest prefix, else other.
+
+        Texts are the same whatever the number of spaces at their end, if there are any.
+        """
         prefixes = [text[:k] for k in range(len(text), 0, -1)]
         candidates = [text, self.pieces.get(text, b""), *prefixes]
-        known = [one for one in candidates if one in self.names]
-        return self.names.index(known[0]) if known else self.n_events
+        for one in candidates:
+            for event, name in enumerate(self.names):
+                spaces = one.endswith(b" ") and name.endswith(b" ")
+                if one == name or (spaces and one.rstrip(b" ") == name.rstrip(b" ")):
+                    return event
+        return self.n_events
 
     def carry(self, prob: Sequence[float], over: bytes, event: int | None) -> dict[int, float]:
         """Mass of tokens that strictly extend `over`, by the event of what they add.

@@ -224,10 +224,11 @@ def test_a_file_that_is_no_scores_in_a_right_envelope_is_refused(
         refused({k: v for k, v in metadata.items() if k != key}, arrays)
     refused(metadata | {"facts": "[]"}, arrays)
     refused(metadata | {"top_k": "many"}, arrays)
-    header = b'{"x":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
-    bad.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
-    with pytest.raises(ValueError, match=r"expected a whole file of scores in .*, got "):
-        open_scores(bad, folder)
+    for dtype, size in (("F8_E4M3", 1), ("BF16", 2)):  # types that numpy does not have
+        one = f'{{"x":{{"dtype":"{dtype}","shape":[1],"data_offsets":[0,{size}]}}}}'
+        bad.write_bytes(len(one).to_bytes(8, "little") + one.encode() + b"x" * size)
+        with pytest.raises(ValueError, match=r"expected a whole file of scores in .*, got "):
+            open_scores(bad, folder)
 
 
 def test_a_file_of_another_tokenizer_or_end_is_refused(
