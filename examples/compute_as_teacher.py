@@ -107,7 +107,11 @@ def answered(
 def rollouts(
     student: LanguageModel, told: Sequence[str], *, beside: bool, seed: int
 ) -> list[list[str]]:
-    """`G` answers to each prompt; with `beside`, its sums are asked in other prompts, in both orders."""
+    """`G` answers to each prompt.
+
+    With `beside`, its sums are asked beside those of other prompts, in both orders. What differs is
+    then the neighbour, and the answers are greedy; else they are samples.
+    """
     rng, sums = np.random.default_rng([seed, 2]), [one.strip().split(", ") for one in told]
     halves: list[tuple[list[str], list[str]]] = [([], []) for _ in told]
     for k in range(G):
@@ -115,7 +119,10 @@ def rollouts(
         turned = -1 if beside and k % 2 else 1
         asked = [[sums[i][0], sums[j][1]][::turned] for i, j in enumerate(partner)]
         texts = answered(
-            student, [", ".join(two) + "\n" for two in asked], temperature=1, seed=seed + k
+            student,
+            [", ".join(two) + "\n" for two in asked],
+            temperature=0 if beside else 1,
+            seed=seed + k,
         )
         for i, (j, text) in enumerate(zip(partner, texts, strict=True)):
             first, second = [*text.split(", "), ""][:2][::turned]
@@ -194,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to this one less one")
     parser.add_argument("--prepare", type=int, default=300, help="steps before the start")
-    parser.add_argument("--steps", type=int, default=150, help="of distillation")
+    parser.add_argument("--steps", type=int, default=200, help="of distillation")
     parser.add_argument("--prompts", type=int, default=1500, help="to train on, without answers")
     parser.add_argument("--tests", type=int, default=200, help="held-out prompts")
     args = parser.parse_args(argv)
