@@ -1180,6 +1180,34 @@ MUTANTS = (
         "        holds = value >= 0\n",
         "tests/test_experiments.py",
     ),
+    # the teacher reads the student's prompt
+    Mutant(
+        "minigold/rollout.py",
+        "told = prompt.teacher_prompt if prompt.teacher_prompt is not None else prompt.prompt",
+        "told = prompt.prompt",
+        "tests/test_self_teacher.py",
+    ),
+    # right answers are among those that the student reads on the way to its start
+    Mutant(
+        "examples/compute_as_teacher.py",
+        "batch.append(Prompt(shown(copies, str(row.prompt)), answer=truth))",
+        "batch.append(Prompt(shown(copies, str(row.prompt)), answer=row.answer))",
+        "tests/test_self_teacher.py",
+    ),
+    # an answer to a turned question is taken as it stands
+    Mutant(
+        "examples/compute_as_teacher.py",
+        '[*text.split(", "), ""][:2][::turned]',
+        '[*text.split(", "), ""][:2]',
+        "tests/test_self_teacher.py",
+    ),
+    # the student is compared with itself as it is, not with the start
+    Mutant(
+        "examples/compute_as_teacher.py",
+        "distill(student, anchor, blank,",
+        "distill(student, copy.deepcopy(student), blank,",
+        "tests/test_self_teacher.py",
+    ),
 )
 
 
