@@ -1187,7 +1187,7 @@ MUTANTS = (
         "told = prompt.prompt",
         "tests/test_self_teacher.py",
     ),
-    # right answers are among those that the student reads on the way to its start
+    # reading is practised on right answers
     Mutant(
         "examples/compute_as_teacher.py",
         "batch.append(Prompt(shown(copies, str(row.prompt)), answer=truth))",
@@ -1201,7 +1201,7 @@ MUTANTS = (
         '[*text.split(", "), ""][:2]',
         "tests/test_self_teacher.py",
     ),
-    # the student is compared with itself as it is, not with the start
+    # the teacher is the student as it is now, not as it was at the start
     Mutant(
         "examples/compute_as_teacher.py",
         "distill(student, anchor, blank,",
