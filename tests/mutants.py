@@ -1306,6 +1306,34 @@ MUTANTS = (
         "(seeds or seeds_of(config.seed, number, DRAW, len(rows)))[: len(coins)]",
         "tests/test_masked.py",
     ),
+    # the teacher reads the student's prompt
+    Mutant(
+        "minigold/rollout.py",
+        "told = prompt.teacher_prompt if prompt.teacher_prompt is not None else prompt.prompt",
+        "told = prompt.prompt",
+        "tests/test_self_teacher.py",
+    ),
+    # reading is practised on right answers
+    Mutant(
+        "examples/compute_as_teacher.py",
+        "batch.append(Prompt(shown(copies, str(row.prompt)), answer=truth))",
+        "batch.append(Prompt(shown(copies, str(row.prompt)), answer=row.answer))",
+        "tests/test_self_teacher.py",
+    ),
+    # an answer to a turned question is taken as it stands
+    Mutant(
+        "examples/compute_as_teacher.py",
+        '[*text.split(", "), ""][:2][::turned]',
+        '[*text.split(", "), ""][:2]',
+        "tests/test_self_teacher.py",
+    ),
+    # the teacher is the student as it is now, not as it was at the start
+    Mutant(
+        "examples/compute_as_teacher.py",
+        "distill(student, anchor, blank,",
+        "distill(student, copy.deepcopy(student), blank,",
+        "tests/test_self_teacher.py",
+    ),
 )
 
 
