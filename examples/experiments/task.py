@@ -169,8 +169,8 @@ def student_tokenizer(*, apart: bool = False) -> Tokenizer:
     ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    word = r"▁+|[^▁\n:,()]+" if apart else r"▁{2,}|▁?[^▁\n:,()]+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\n+|[:,()]+|{word}"), "isolated")
+    word = r"▁+|[^▁\n:,()-]+" if apart else r"▁{2,}|▁?[^▁\n:,()-]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\n+|[:,()]+|-|{word}"), "isolated")
     tokenizer.train_from_iterator(
         [*lines, *other * 9], BpeTrainer(vocab_size=200, show_progress=False)
     )
