@@ -121,7 +121,10 @@ def fine_tune(
     plain: bool,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Plain fine-tuning on prompts with answers: mean cross-entropy of the answers' tokens."""
+    """Plain fine-tuning on prompts with answers: mean cross-entropy of the answers' tokens.
+
+    Tokens that touch a byte range in the prompt's `extra["mistakes"]` are read, and not learned.
+    """
     decoder = model.decoder.train()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, weight_decay=0.01)
     for step in range(steps):
@@ -131,8 +134,11 @@ def fine_tune(
             )
         batch = next(batches)
         told = [prompt_ids(model, p.prompt, plain=plain) for p in batch]
-        said = [
-            [*encode_continuation(model.tokenizer, p.answer or "")[0], model.end_id] for p in batch
+        coded = [encode_continuation(model.tokenizer, p.answer or "") for p in batch]
+        said = [[*ids, model.end_id] for ids, _ in coded]
+        learned = [
+            [*_learned(ids, spans, p.extra.get("mistakes", ())), model.end_id]
+            for (ids, spans), p in zip(coded, batch, strict=True)
         ]
         hidden_BSD = decoder(
             pad([[*a, *b] for a, b in zip(told, said, strict=True)], decoder.device)
@@ -141,7 +147,7 @@ def fine_tune(
             completion_states(hidden_SD, len(a), len(b) - 1)
             for hidden_SD, a, b in zip(hidden_BSD, told, said, strict=True)
         ]
-        target_N = torch.tensor([i for ids in said for i in ids])
+        target_N = torch.tensor([i for ids in learned for i in ids])
         loss = F.cross_entropy(decoder.head.logits(torch.cat(states)), target_N)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -150,6 +156,16 @@ def fine_tune(
         if step % 200 == 199 or step == steps - 1:
             say(f"step {step + 1}/{steps}  loss {loss.item():.4f}")
     decoder.eval()
+
+
+def _learned(
+    ids: Sequence[int], spans: np.ndarray, mistakes: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The ids, and -100, which cross-entropy leaves out, for tokens that touch a mistake."""
+    return [
+        -100 if any(start < stop and end > first for first, stop in mistakes) else i
+        for i, (start, end) in zip(ids, spans[:, :2].tolist(), strict=True)
+    ]
 
 
 def drawn(rows: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minigold.train
+from minigold.chat import prompt_ids
 from minigold.load import load
-from minigold.offsets import vocabulary
+from minigold.offsets import encode_continuation, vocabulary
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.train import Step, distill
@@ -78,6 +79,39 @@ def steps_of(name: str, models: Path, n: int = 2) -> tuple[list[Step], Pair]:
 
 
 # ------------------------------------------------------------------------- the task
+@given(st.integers(0, 2**32 - 1))
+def test_damaged_answers_are_right_but_for_their_mistakes(seed: int) -> None:
+    rows = task.prompts()[:8]
+    for p, bad in zip(rows, task.damaged(rows, seed), strict=True):
+        text, right, ranges = bad.answer.encode(), p.answer.encode(), bad.extra["mistakes"]
+        edges = [0, *(edge for pair in ranges for edge in pair), len(text)]
+        assert edges == sorted(edges) and 1 <= len(ranges) <= 3
+        kept = [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        at = 0
+        for piece in kept:
+            at = right.index(piece, at) + len(piece)
+        assert right.startswith(kept[0]) and right.endswith(kept[-1])
+        assert all(start < stop for start, stop in ranges)  # a gap is told by what follows it
+
+
+def test_mistakes_are_read_and_not_learned(models: Path) -> None:
+    """The mean cross-entropy of the tokens that touch no mistake, by hand."""
+    model, text = load(models / "teacher"), "def café():"
+    start = text.encode().index("é".encode())
+    ids, spans = encode_continuation(model.tokenizer, text)
+    right = [i for i, (a, b, _) in enumerate(spans.tolist()) if b <= start or a >= start + 2]
+    assert 1 < len(right) < len(ids)
+    told = prompt_ids(model, "six", plain=False)
+    with torch.no_grad():
+        states = model.decoder(torch.tensor([[*told, *ids]]))[0, len(told) - 1 :]
+        logp = model.decoder.head.logits(states).log_softmax(-1)
+    each = [-logp[i, ids[i]] for i in right] + [-logp[len(ids), model.end_id]]
+    said: list[str] = []
+    row = task.Prompt("six", answer=text, extra={"mistakes": [(start, start + 2)]})
+    task.fine_tune(model, iter([[row]]), steps=1, lr=1e-9, plain=False, say=said.append)
+    assert said == [f"step 1/1  loss {torch.stack(each).mean().item():.4f}"]
+
+
 def test_answers_are_code_with_the_demos_numbers() -> None:
     shapes = set()
     for row, plain in zip(task.held_out(), task.demo_task.held_out(), strict=True):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +67,7 @@ SHAPES = (
     "def {name}():\n    if {a}:\n        return {b}",
     "class {name}:\n    def glim():\n        if {a}:\n            return {b}",
 )
+WORD, NUMBERS = re.compile(r"[a-z-]+"), {number_word(n) for n in range(100)}
 N_WARM_UP = 8  # prompts whose answers the student has seen
 INDENT = 4
 MAX_NEW_TOKENS, CONTEXT = 72, 192
@@ -113,6 +115,48 @@ def forms(seed: int) -> list[Prompt]:
         a, b = map(number_word, rng.integers(0, 100, 2).tolist())
         found.append(Prompt(p.prompt, answer=answer(str(p.prompt).split(":")[0], a, b)))
     return found
+
+
+def damaged(rows: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """Right answers with one to three mistakes each, whose byte ranges stand in `extra`.
+
+    A mistake is another number, or a few characters left out, put in or replaced by a piece of
+    other answers or by spaces. What follows it is right: who learns these texts, but for the
+    mistakes, goes on well after a mistake.
+    """
+    rng, found = np.random.default_rng(seed), []
+    for p in rows:
+        text = p.answer or ""
+        cuts = sorted(rng.choice(len(text), size=int(rng.integers(1, 4)), replace=False).tolist())
+        made, at, mistakes = "", 0, []
+        for cut in cuts:
+            if mistakes and cut <= at:
+                continue
+            word = WORD.match(text, cut)
+            if word and word[0] in NUMBERS:
+                piece, at_next = number_word(int(rng.integers(100))), word.end()
+            else:
+                piece, at_next = _piece(rng, rows), cut + int(rng.integers(0, 9))
+            made += text[at:cut]
+            first = len(made.encode())
+            made += piece
+            at = min(at_next, len(text) - (not piece))
+            size = len((piece or text[at]).encode())  # what follows a gap shows that there is one
+            mistakes.append((first, first + size))
+        found.append(Prompt(p.prompt, answer=made + text[at:], extra={"mistakes": mistakes}))
+    return found
+
+
+def _piece(rng: np.random.Generator, rows: Sequence[Prompt]) -> str:
+    """Nothing, spaces, or up to eight characters of some answer."""
+    kind, size = rng.integers(3), int(rng.integers(1, 9))
+    if kind == 0:
+        return ""
+    if kind == 1:
+        return " " * size
+    text = rows[int(rng.integers(len(rows)))].answer or ""
+    start = int(rng.integers(len(text)))
+    return text[start : start + size]
 
 
 def well_indented(text: str) -> bool:
@@ -169,8 +213,8 @@ def student_tokenizer(*, apart: bool = False) -> Tokenizer:
     ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    word = r"▁+|[^▁\n:,()]+" if apart else r"▁{2,}|▁?[^▁\n:,()]+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\n+|[:,()]+|{word}"), "isolated")
+    word = r"▁+|[^▁\n:,()-]+" if apart else r"▁{2,}|▁?[^▁\n:,()-]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\n+|[:,()]+|-|{word}"), "isolated")
     tokenizer.train_from_iterator(
         [*lines, *other * 9], BpeTrainer(vocab_size=200, show_progress=False)
     )
@@ -210,6 +254,8 @@ def make(out: Path, *, scale: float = 1.0, say: Callable[[str], None] = print) -
         teach(teacher, form, steps=300, size=64, seed=1, lr=2e-3)
         _save(teacher, out / "untaught")
         teach(teacher, prompts(), steps=900, size=128, seed=5, lr=2e-3)
+        both = [*prompts(), *damaged(prompts(), seed=6), *damaged(prompts(), seed=7)]
+        teach(teacher, both, steps=300, size=128, seed=8, lr=1e-3)
         _save(teacher, out / "teacher")
     for name, tokenizer, end, template in (
         ("student", student_tokenizer(), "<eos>", None),
