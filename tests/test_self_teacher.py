@@ -219,3 +219,17 @@ def test_gains_are_paired_by_prompt() -> None:
     greedy, sampled = cat._figures(after, start)
     assert greedy == pytest.approx((0.75, 0.5, 0.5, 0.5))
     assert sampled == pytest.approx((0.5, 0.25, 0.25, 0.25))
+
+
+@pytest.mark.slow
+@pytest.mark.unwatched
+def test_rollouts_beside_other_sums_teach_and_those_of_the_prompt_alone_do_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cat.main(["--arms", "synthesis,alone"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (start,), (synthesis,), (alone,) = result["accuracy"].values()
+    assert all(after > before + 0.06 for before, after in zip(start, synthesis, strict=True))
+    assert all(after < before + 0.02 for before, after in zip(start, alone, strict=True))
+    first, second = result["references"]["synthesis"][0]
+    assert second > first + 0.05
