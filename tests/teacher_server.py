@@ -175,10 +175,11 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
             try:
-                self.send(*self.made(body))
+                made = self.made(body)
             finally:
-                with server.lock:
+                with server.lock:  # before the answer goes out, which lets the next request come
                     server.at_once -= 1
+            self.send(*made)
 
         def made(self, body: Any) -> tuple[int, bytes, int | None]:
             try:

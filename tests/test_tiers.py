@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from test_train import CONFIG, PROMPTS, all_chosen, cross_pair, gradient_of
 from tiny_models import tiny_model
 from tokenizers_for_tests import byte_bpe
 
+EXAMPLES = min(50, settings().max_examples)  # each is a whole step
 KS = st.integers(1, 400)
 THREE = Vocabulary((b"a", b"b", b""), ("text", "text", "end"), {})
 SMALL = match(THREE, THREE)
@@ -76,6 +77,7 @@ def comparable(rollouts: list[Rollout], pair: Pair) -> list[np.ndarray]:
 
 
 # ------------------------------------------------------------------------ listed, with a tail
+@settings(max_examples=EXAMPLES)
 @given(KS, st.sampled_from(["cross", "identical"]), st.sampled_from(["prefix", "strict"]))
 def test_listed_masses_are_not_negative_and_sum_to_one_with_the_tail(
     k: int, kind: str, events: str
@@ -93,6 +95,7 @@ def test_listed_masses_are_not_negative_and_sum_to_one_with_the_tail(
         torch.testing.assert_close(shown_T, torch.ones_like(shown_T), atol=1e-4, rtol=0)
 
 
+@settings(max_examples=EXAMPLES)
 @given(KS, BETAS, st.sampled_from(["cross", "identical"]), st.sampled_from(["prefix", "strict"]))
 def test_the_loss_of_listed_tokens_is_not_negative_and_its_gradient_finite(
     k: int, beta: float, kind: str, events: str
@@ -106,6 +109,7 @@ def test_the_loss_of_listed_tokens_is_not_negative_and_its_gradient_finite(
     assert (losses_C > -1e-6).all()
 
 
+@settings(max_examples=EXAMPLES)
 @given(KS, st.sampled_from(["cross", "identical"]))
 def test_both_laws_sum_to_one_with_the_tail(k: int, kind: str) -> None:
     """What is carried over a boundary takes its share of the tail, too."""
