@@ -5,7 +5,8 @@ The first tests need the chunk's log-probabilities `l_s` and `l_t` alone, which 
 student's training pass: a chunk that is not chosen costs nothing there. They are speculative
 decoding's (Leviathan et al., 2211.17192): the teacher would accept a chunk that the student sampled
 with probability `min(1, exp(l_t - l_s))`, and training goes where it would not. The masks
-`divergence` and `soft-or` need both distributions, so they save the head's gradient only.
+`divergence` and `soft-or` need both distributions, so they save the head's gradient only. No mask but
+`random` is an unbiased sample of all chunks: what both models agree on is trained next to never.
 """
 
 import math

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import minigold.masked
 import minigold.train
 from minigold.chat import prompt_ids
 from minigold.load import load
@@ -326,6 +327,37 @@ def test_random_masks_train_as_many_chunks(name: str, models: Path) -> None:
     assert places[0].all() or (places[0] != places[1]).any()
 
 
+def test_two_sided_rejects_either_way(models: Path) -> None:
+    (step, *_), _ = steps_of("gold", models)
+    for r in step.rollouts:
+        one, two = minigold.train.acceptance_of(r), arms.two_sided(r)
+        other = torch.as_tensor((r.student_logp_C - r.teacher_logp_C).clip(max=0)).exp()
+        other = torch.where(torch.as_tensor(r.scorable_C), other, 0.0)
+        torch.testing.assert_close(two, torch.minimum(one, other))
+
+
+def test_weighted_losses_add_up_to_those_of_every_chunk(models: Path) -> None:
+    """The mean over all draws is the gradient of `all`: by hand, chunk by chunk."""
+    (step, *_), pair = steps_of("gold", models)
+    rollouts, params = step.rollouts, list(pair.student.decoder.parameters())
+
+    def gradient(run: Any, chosen: list[Any]) -> torch.Tensor:
+        pair.student.decoder.zero_grad()
+        run(pair, rollouts, chosen, SMALL)
+        return torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+
+    every = [np.ones(len(r.scorable_C), dtype=bool) for r in rollouts]
+    expected = torch.zeros(1)
+    for k, r in enumerate(rollouts):
+        for c, prob in enumerate((1 - arms.kept_some(r)).tolist()):
+            assert arms.KEPT - 1e-9 <= prob <= 1
+            one = [np.zeros_like(mask) for mask in every]
+            one[k][c] = True
+            expected = expected + prob * gradient(arms.weighted_pass, one)
+    wanted = gradient(minigold.masked.train_pass, every)
+    torch.testing.assert_close(expected, wanted, rtol=1e-3, atol=1e-6)
+
+
 def test_one_tokenizer_is_gkd(models: Path) -> None:
     gradients, losses = [], []
     for name in ("same-gold", "same-gkd"):
@@ -370,7 +402,7 @@ def test_a_run_is_one_small_file_that_is_not_made_twice(
     monkeypatch.setattr(screen, "one_process", no_more)
     again = ["--arms", "gold", "--seeds", "3", "--models", str(models), "--out", str(tmp_path)]
     assert screen.main([*again, "--steps", "3", "--lr", "1e-3"]) == 0
-    with pytest.raises(ValueError, match=r"expected {'lr': 0.002} in .*, got {'lr': 0.001}; name"):
+    with pytest.raises(ValueError, match=r"expected {'lr': 0.0005} in .*, got {'lr': 0.001}; name"):
         screen.main([*again, "--steps", "3"])
 
 
