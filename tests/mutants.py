@@ -1194,6 +1194,20 @@ MUTANTS = (
         "logp_S.detach() > np.log(UNLIKELY)",
         "tests/test_experiments.py",
     ),
+    # the mask that should be unbiased prefers what it draws often
+    Mutant(
+        "examples/experiments/arms.py",
+        "some = [1 / (1 - kept_some(r)[mask])",
+        "some = [(1 - kept_some(r)[mask])",
+        "tests/test_experiments.py",
+    ),
+    # the teacher learns to make mistakes
+    Mutant(
+        "examples/train_demo_models.py",
+        "-100 if any(start < stop and end > first",
+        "-100 if any(start > stop and end > first",
+        "tests/test_experiments.py",
+    ),
     # learning rates are chosen on prompts that were trained on
     Mutant(
         "examples/experiments/screen.py",
