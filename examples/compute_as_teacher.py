@@ -23,7 +23,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import logging
 import platform
 import sys
 import time
@@ -221,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[arm].append(measured(student, tests))
             right[arm].append(shares)
             greedy, sampled = found[arm][-1].mean(0)
-            print(f"seed {seed} {arm:10} greedy {greedy:.3f} sampled {sampled:.3f} references {shares} "
+            print(f"seed {seed} {arm:10} greedy {greedy:.3f} sampled {sampled:.3f} references "
+                  f"{', '.join(f'{share:.3f}' for share in shares) or '-'} "
                   f"({time.perf_counter() - begun:.0f} s)", file=sys.stderr, flush=True)  # fmt: skip
     table = {arm: _figures(runs, found["start"]) for arm, runs in found.items()}
     print(f"{'':11}{'greedy':>7}  {'less the start, 95 %':24}{'sampled':>7}  less the start, 95 %")
@@ -251,5 +251,4 @@ def _figures(
 
 
 if __name__ == "__main__":
-    logging.getLogger("minigold").setLevel(logging.ERROR)  # one arm trains nothing in some steps
     raise SystemExit(main())
