@@ -33,7 +33,14 @@ from minigold.demo_task import held_out, prompts
 from minigold.evaluate import evaluate
 from minigold.hf import wrap
 from minigold.loss import gold_loss
-from minigold.masked import acceptance_of, choose_chunks, starts_of, tempered
+from minigold.masked import (
+    acceptance_of,
+    choose_chunks,
+    chunk_weight,
+    chunk_weights,
+    starts_of,
+    tempered,
+)
 from minigold.pair import Pair, make_pair
 from minigold.rollout import MASK, collect, seeds_of
 from minigold.sample import completion_states, pad
@@ -78,18 +85,21 @@ class Trainer(GOLDTrainer):
             completion_states(hidden_SD, len(a.prompt_ids), len(a.ids))
             for hidden_SD, a in zip(hidden_BSD, answers, strict=True)
         ]
-        n_chosen = sum(int(mask.sum()) for mask in chosen)
-        if not n_chosen:  # both models agree: nothing to learn, a gradient of zero
+        if not any(
+            mask.any() for mask in chosen
+        ):  # both models agree: nothing to learn, a gradient of zero
             return hidden_BSD.sum() * 0
         teacher = [one.score.hidden_MD for one in rollouts]
         rows = pack(
             rollouts, chosen, student_starts=starts_of(student), teacher_starts=starts_of(teacher),
-            teacher_end_id=pair.teacher.end_id, device=decoder.device,
+            teacher_end_id=pair.teacher.end_id, weights=chunk_weights(rollouts, chosen, gold),
+            device=decoder.device,
         )  # fmt: skip
         return gold_loss(
             torch.cat(student), torch.cat(teacher), rows=rows, events=pair.events, beta=gold.beta,
             student_head=tempered(pair.student, gold.student_temperature),
-            teacher_head=tempered(pair.teacher, gold.teacher_temperature), weight=1 / n_chosen,
+            teacher_head=tempered(pair.teacher, gold.teacher_temperature),
+            weight=chunk_weight(rollouts, chosen, gold),
         ).total  # fmt: skip
 
     def answers(self, inputs: dict[str, Any]) -> list[Answer]:

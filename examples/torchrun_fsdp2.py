@@ -205,8 +205,8 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
     if config.picks or rows < dist.get_world_size():
         raise ValueError(
             f"expected a mask other than divergence and soft-or, and at least one row a step for each of "
-            f"{dist.get_world_size()} ranks, got {config.where} and {rows} rows; use --where sampled or a "
-            "larger --batch-size"
+            f"{dist.get_world_size()} ranks, got {config.where} and {rows} rows; use --where weighted or "
+            "a larger --batch-size"
         )
     prompts, first = read_prompts(args.prompts), dist.get_rank() == 0
     teacher = open_teacher(args, device=device, dtype=find_dtype(args.dtype, device))

@@ -8,6 +8,8 @@ student's training pass then runs no further than the last chosen chunk of a row
 
 from __future__ import annotations
 
+import codecs
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from minigold.data import Prompt
 from minigold.events import CHUNK, Events
 from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows
 from minigold.offsets import (
+    BROKEN,
     CUT,
     EXACT,
     SPECIAL,
@@ -86,7 +89,10 @@ class Rollout:
             longer tokens over its end added and those over its start left behind (overhang). All
             chunks of a text still add up to the sum of all tokens.
         scorable_C: bool, the chunk has a log-probability on both sides.
-        observed_C: bool, its probability becomes an event of its own.
+        observed_C: bool, its probability becomes an event of its own. So does that of a chunk with
+            broken bytes; the teacher reads text, and would never write them: its probability is 0.
+        last_C: int64, the last student token that a comparison reads: the chunk's first one; where
+            it is observed its last one, or the token after it if that is what broke the bytes.
         student_stay_C, teacher_stay_C: float64, nats, ln(1 - overhang) at the chunk's start, as far
             as it is carried over: 0 where the events carry nothing.
         overhang_C: float64, 0 to 1, at the chunk's start: the larger of the two sides.
@@ -99,6 +105,7 @@ class Rollout:
     teacher_logp_C: Array
     scorable_C: Array
     observed_C: Array
+    last_C: Array
     student_stay_C: Array
     teacher_stay_C: Array
     overhang_C: Array
@@ -112,11 +119,11 @@ class Rollout:
     def comparable_C(self, events: Events, max_overhang: float) -> Array:
         """bool [C], chunks whose start is compared.
 
-        With `strict` those of one token each, with `chunk` those that can be scored.
+        With `strict` those of one token each, with `chunk` those whose probability is known.
         """
         c, found_C = self.chunks, self.overhang_C <= max_overhang
         if events.kind == CHUNK:
-            return found_C & self.scorable_C
+            return found_C & self.observed_C
         if events.kind == "strict" and not events.identical:
             found_C = found_C & (c.s1 - c.s0 == 1) & (c.t1 - c.t0 == 1)
         return found_C
@@ -206,13 +213,15 @@ def rollout_of(
         student_logp_S.astype(np.float64), chunks.s0, chunks.s1, student_stay_C
     )
     teacher_logp_C = _chunk_logps(teacher_logp, chunks.t0, chunks.t1, teacher_stay_C)
+    observed_C = (scorable_C | _is_broken(answer)) & _is_observed(answer, chunks, events)
     return Rollout(
         answer,
         score,
         np.where(scorable_C, student_logp_C, np.nan),
         np.where(scorable_C, teacher_logp_C, np.nan),
         scorable_C,
-        scorable_C & _is_observed(answer, chunks, events),
+        observed_C,
+        np.where(observed_C, chunks.s1 - 1 + _breaks_after(answer, events), chunks.s0),
         student_stay_C,
         teacher_stay_C,
         overhang_C,
@@ -239,25 +248,49 @@ def _chunk_logps(logp: Array, first_C: Array, stop_C: Array, stay_C: Array) -> A
 
 
 def _is_observed(answer: Answer, chunks: Chunks, events: Events) -> Array:
-    """bool [C]: the chunk is made an event of its own, if it can be scored."""
+    """bool [C]: the chunk is made an event of its own, if its probability is known."""
     if events.kind == "prefix":
         return ~_is_one_event(answer, chunks, events)
     return np.full(len(chunks.s0), events.kind == CHUNK)
 
 
+def _is_broken(answer: Answer) -> Array:
+    """bool [C]: bytes that are not UTF-8, and not for being cut off at the end."""
+    broken_C = answer.chunks.flaw == BROKEN
+    if len(broken_C) and not answer.finished:
+        broken_C[-1] = False
+    return np.asarray(broken_C)
+
+
+def _breaks_after(answer: Answer, events: Events) -> Array:
+    """int64 [C], 1 where a broken chunk's last character only lacks bytes: the next token broke it."""
+    found_C, spelling = np.zeros_like(answer.chunks.s0), events.student.spelling
+    for c in np.flatnonzero(_is_broken(answer)):
+        ids = answer.ids[answer.chunks.s0[c] : answer.chunks.s1[c]]
+        said = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        said.decode(b"".join(spelling[i] for i in ids))
+        found_C[c] = bool(said.getstate()[0])
+    return found_C
+
+
 def _is_one_event(answer: Answer, chunks: Chunks, events: Events) -> Array:
-    """bool [C]: one token on each side, and both stand for the same event by themselves."""
+    """bool [C]: one token on each side, and both stand for the same event by themselves.
+
+    Of broken bytes: one token that nothing begins with, and that is an event.
+    """
     if events.identical:
         return np.ones(len(chunks.s0), dtype=bool)
-    single_C = (chunks.s1 - chunks.s0 == 1) & (chunks.t1 - chunks.t0 == 1)
+    single_C = chunks.s1 - chunks.s0 == 1
     at_end_C = chunks.t0 == len(answer.teacher_ids)
     student_C = torch.tensor(answer.ids, dtype=torch.int64)[torch.as_tensor(chunks.s0)]
     teacher_T = torch.tensor([*answer.teacher_ids, 0], dtype=torch.int64)
     teacher_C = teacher_T[torch.as_tensor(chunks.t0)]
     student, teacher = events.student, events.teacher
     same_C = student.event_V.cpu()[student_C] == teacher.event_V.cpu()[teacher_C]
-    both_C = student.shared_V.cpu()[student_C] & teacher.shared_V.cpu()[teacher_C]
-    return at_end_C | (single_C & (same_C & both_C).numpy())
+    own_C = student.shared_V.cpu()[student_C].numpy() & single_C
+    theirs_C = (chunks.t1 - chunks.t0 == 1) & (same_C & teacher.shared_V.cpu()[teacher_C]).numpy()
+    stray_C = (chunks.flaw == BROKEN) & (_breaks_after(answer, events) == 0)
+    return at_end_C | (own_C & (theirs_C | stray_C))
 
 
 def needed_states(rollout: Rollout, chosen_C: Array) -> int:
@@ -265,8 +298,7 @@ def needed_states(rollout: Rollout, chosen_C: Array) -> int:
     picked = np.flatnonzero(chosen_C)
     if len(picked) == 0:
         return 0
-    last = np.where(rollout.observed_C, rollout.chunks.s1 - 1, rollout.chunks.s0)
-    return int(last[picked].max()) + 1
+    return int(rollout.last_C[picked].max()) + 1
 
 
 def _has_before(rollout: Rollout) -> Array:
@@ -276,8 +308,7 @@ def _has_before(rollout: Rollout) -> Array:
 
 def head_rows(rollout: Rollout) -> Array:
     """int64 [C], how often the student's head runs for each chunk if it is chosen."""
-    own_C = np.where(rollout.observed_C, rollout.chunks.s1 - rollout.chunks.s0, 1)
-    return own_C + _has_before(rollout)
+    return np.asarray(rollout.last_C - rollout.chunks.s0 + 1 + _has_before(rollout))
 
 
 def pack(
@@ -287,6 +318,7 @@ def pack(
     student_starts: Sequence[int],
     teacher_starts: Sequence[int],
     teacher_end_id: int,
+    weights: Sequence[Array] | None = None,
     device: torch.device | str = "cpu",
 ) -> ChunkRows:
     """The rows of the chosen chunks, end to end.
@@ -295,6 +327,7 @@ def pack(
         chosen: a bool mask of chunks per rollout, at least one true in all.
         student_starts, teacher_starts: where each completion's states (state i predicts token i)
             start among those that the loss is given.
+        weights: of each rollout's chosen chunks; 1 where there are none.
     """
     table: list[tuple[int, int, int, int]] = []  # place, chunk, id, kind of each student row
     carry: list[tuple[int, Carried]] = []
@@ -311,7 +344,7 @@ def pack(
             if t in rollout.score.carried:
                 carry.append((len(observed), rollout.score.carried[t]))
             teacher.append((t_start + t, [*rollout.answer.teacher_ids, teacher_end_id][t]))
-            logps.append(rollout.teacher_logp_C[c] if rollout.scorable_C[c] else 0.0)
+            logps.append(rollout.teacher_logp_C[c] if rollout.scorable_C[c] else -math.inf)
             observed.append(bool(rollout.observed_C[c]))
     place_C, id_C = torch.tensor(teacher, device=device).T.contiguous()
     return ChunkRows(
@@ -321,6 +354,7 @@ def pack(
         torch.tensor(logps, device=device, dtype=torch.float32),
         _joined(carry, torch.device(device)),
         torch.tensor(observed, device=device),
+        None if weights is None else torch.tensor(np.concatenate(weights), device=device).float(),
     )
 
 
@@ -331,8 +365,7 @@ def _student_rows(rollout: Rollout, c: int) -> list[tuple[int, int]]:
     if _has_before(rollout)[c]:
         rows.append((first - 1, INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE))
     rows.append((first, FIRST))
-    if rollout.observed_C[c]:
-        rows.extend((place, REST) for place in range(first + 1, int(chunks.s1[c])))
+    rows.extend((place, REST) for place in range(first + 1, int(rollout.last_C[c]) + 1))
     return rows
 
 

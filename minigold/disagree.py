@@ -5,8 +5,12 @@ The first tests need the chunk's log-probabilities `l_s` and `l_t` alone, which 
 student's training pass: a chunk that is not chosen costs nothing there. They are speculative
 decoding's (Leviathan et al., 2211.17192): the teacher would accept a chunk that the student sampled
 with probability `min(1, exp(l_t - l_s))`, and training goes where it would not. The masks
-`divergence` and `soft-or` need both distributions, so they save the head's gradient only. No mask but
-`random` is an unbiased sample of all chunks: what both models agree on is trained next to never.
+`divergence` and `soft-or` need both distributions, so they save the head's gradient only.
+
+What a mask leaves out is not only work: a form that both models hold is trained next to never, and
+is lost bit by bit to the steps on other chunks. `weighted` draws as `sampled` does, but every
+chunk with a probability, and divides each loss by it: its expected gradient is that of `all`
+(Horvitz and Thompson, 1952). Of the others only `random` is an unbiased sample.
 """
 
 import math
@@ -16,6 +20,7 @@ from torch import Tensor
 
 __all__ = [
     "KNOWN_BEFORE",
+    "LEAST",
     "WHERE",
     "acceptance",
     "budget",
@@ -23,9 +28,11 @@ __all__ = [
     "largest",
     "replayed",
     "soft_or",
+    "weights",
 ]
 
-KNOWN_BEFORE = ("all", "sampled", "reject")  # what `choose` takes
+KNOWN_BEFORE = ("all", "weighted", "sampled", "reject")  # what `choose` takes
+LEAST = 0.1  # probability with which `weighted` trains a chunk that the teacher would accept
 WHERE = (*KNOWN_BEFORE, "divergence", "soft-or", "random")
 
 
@@ -55,22 +62,33 @@ def choose(
     Args:
         acceptance_C: from `acceptance`.
         where: `all`; `sampled`: uniform u > a, which rejects with probability exactly 1 - a;
-            `reject`: a < threshold.
-        generator: random stream of `sampled`, on the device of `acceptance_C`.
+            `weighted`: the same with a at most 1 - `LEAST`, see `weights`; `reject`: a < threshold.
+        generator: random stream of `sampled` and `weighted`, on the device of `acceptance_C`.
 
     Raises:
         ValueError: another `where`.
     """
     if where == "all":
         return torch.ones_like(acceptance_C, dtype=torch.bool)
-    if where == "sampled":
+    if where in ("sampled", "weighted"):
         uniform_C = torch.rand(
             acceptance_C.shape, generator=generator, device=acceptance_C.device, dtype=torch.float64
         )
-        return uniform_C >= acceptance_C  # u lies in [0, 1): a = 0 always trains, a = 1 never
+        most = 1 - LEAST if where == "weighted" else 1.0
+        # u lies in [0, 1): a = 0 always trains, a = 1 never with `sampled`
+        return uniform_C >= acceptance_C.double().clamp(max=most)
     if where == "reject":
         return acceptance_C < threshold
     raise ValueError(f"expected one of {', '.join(KNOWN_BEFORE)}, got {where!r}")
+
+
+def weights(acceptance_C: Tensor) -> Tensor:
+    """What a chunk's loss counts with `weighted`: 1 / the probability that it is trained.
+
+    >>> weights(torch.tensor([0.0, 0.5, 1.0]))
+    tensor([ 1.,  2., 10.])
+    """
+    return 1 / (1 - acceptance_C).clamp(min=LEAST)
 
 
 def budget(n: int, fraction: float) -> int:

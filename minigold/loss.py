@@ -144,6 +144,7 @@ class ChunkRows:
         teacher_logp_C: nats, the teacher's log-probability that the text goes on with the chunk.
         teacher_carry: what is mixed into the teacher's predictions.
         observed_C: bool, the chunk is made an event of its own.
+        weight_C: what each chunk's loss counts in a sum; 1 where there is none.
     """
 
     student: Rows
@@ -152,6 +153,7 @@ class ChunkRows:
     teacher_logp_C: Tensor
     teacher_carry: Carry
     observed_C: Tensor
+    weight_C: Tensor | None = None
 
     def blocks(self, size: int) -> list[ChunkRows]:
         """`size` chunks at a time, with the student rows that they own, all `FIRST` rows first."""
@@ -171,13 +173,14 @@ class ChunkRows:
                     self.teacher_logp_C[chunks],
                     Carry(carry.chunk_K[some] - start, carry.event_K[some], carry.mass_K[some]),
                     self.observed_C[chunks],
+                    None if self.weight_C is None else self.weight_C[chunks],
                 )
             )
         return found
 
 
 class Losses(NamedTuple):
-    """`total` = sum of `weight * loss_C`, differentiable; `loss_C` in nats, detached."""
+    """`total` = sum of `weight * weight_C * loss_C`, differentiable; `loss_C` in nats, detached."""
 
     total: Tensor
     loss_C: Tensor
@@ -389,7 +392,9 @@ def _chunk_law(logits_NV: Tensor, rows: ChunkRows) -> Tensor:
 
 def _one_or_else(logp_C: Tensor) -> Tensor:
     """A chunk's probability, that of all else, and 0, [C, 3]."""
-    return torch.stack([logp_C.exp() + FLOOR, -logp_C.expm1() + FLOOR, 0 * logp_C], dim=1)
+    return torch.stack(
+        [logp_C.exp() + FLOOR, -logp_C.expm1() + FLOOR, torch.zeros_like(logp_C)], dim=1
+    )
 
 
 def _projected(states_TD: Tensor, head: Head | None, place_C: Tensor, side: Side) -> Tensor:
@@ -550,7 +555,7 @@ def gold_loss(
     weight: float,
     block: int = BLOCK,
 ) -> Losses:
-    """`weight * sum of chunk_losses`, `block` chunks at a time.
+    """`weight * sum of weight_C * chunk_losses`, `block` chunks at a time.
 
     The gradient is made together with the value, block by block: beyond the gradients themselves,
     memory grows with the block, not with the chunks. Equal to `chunk_losses` on the dense logits.
@@ -560,7 +565,7 @@ def gold_loss(
             which of them are read. Without a head these are the logits.
         teacher_TK: the same of the teacher; K is the teacher's width. No gradient flows into them.
             A teacher that says less: see `chunk_losses`.
-        weight: 1 / (trained chunks of the whole optimizer step).
+        weight: 1 / (trained chunks of the whole optimizer step), or 1 / the sum of their weights.
         block: chunks at a time.
     """
     blocks = rows.blocks(block)
@@ -577,7 +582,10 @@ def gold_loss(
     graded = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (student_SD, *affine)
     )
-    total, loss_C = _Blockwise.apply(student_SD, *affine, losses_of, places, weight, graded)
+    weights = [one.weight_C for one in blocks]
+    total, loss_C = _Blockwise.apply(
+        student_SD, *affine, losses_of, places, weights, weight, graded
+    )
     return Losses(total, loss_C)
 
 
@@ -631,6 +639,7 @@ class _Blockwise(torch.autograd.Function):
         bias_V: Tensor | None,
         losses_of: Callable[[int, Tensor], Tensor],
         places: list[Tensor],
+        weights: list[Tensor | None],
         weight: float,
         graded: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -640,22 +649,23 @@ class _Blockwise(torch.autograd.Function):
             if graded and need and x is not None else None
             for x, need in zip(inputs, needs, strict=True)
         ]  # fmt: skip
-        losses = []
+        losses, totals = [], []
         for number, place_N in enumerate(places):
             hidden_ND = hidden_SD[place_N]
             raw_NV = hidden_ND if weight_VD is None else F.linear(hidden_ND, weight_VD, bias_V)
             with torch.set_grad_enabled(graded):
-                loss_C = losses_of(number, raw_NV.requires_grad_(graded))
-                block_total = loss_C.sum() * weight
+                losses_B, weight_B = losses_of(number, raw_NV.requires_grad_(graded)), weights[number]
+                total = (losses_B if weight_B is None else losses_B * weight_B).sum() * weight
             if graded:
-                (grad_NV,) = torch.autograd.grad(block_total, raw_NV)
+                (grad_NV,) = torch.autograd.grad(total, raw_NV)
                 _add_gradients(sums, grad_NV, hidden_ND, weight_VD, place_N)
-            losses.append(loss_C.detach())
+            losses.append(losses_B.detach())
+            totals.append(total.detach())
         pairs = zip(sums, inputs, strict=True)
         ctx.save_for_backward(*(g if g is None or x is None else g.to(x.dtype) for g, x in pairs))
         loss_C = torch.cat(losses)
         ctx.mark_non_differentiable(loss_C)
-        return loss_C.sum() * weight, loss_C
+        return torch.stack(totals).sum(), loss_C
 
     @staticmethod
     @once_differentiable
@@ -663,7 +673,7 @@ class _Blockwise(torch.autograd.Function):
         scale, kept = float(grads[0]), ctx.saved_tensors
         if scale != 1:  # else nothing of the head's size is copied
             kept = [None if x is None else x * scale for x in kept]
-        return *kept, None, None, None, None
+        return *kept, None, None, None, None, None
 
 
 def _add_gradients(

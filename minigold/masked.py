@@ -26,6 +26,7 @@ from minigold.disagree import (
     largest,
     replayed,
     soft_or,
+    weights,
 )
 from minigold.events import CHUNK, Events
 from minigold.load import LanguageModel
@@ -36,7 +37,15 @@ from minigold.sample import completion_states, pad
 from minigold.teacher import Listed, Score
 from minigold.tiers import Teacher
 
-__all__ = ["Pass", "acceptance_of", "choose_chunks", "chunk_weight", "micro_batches", "train_pass"]
+__all__ = [
+    "Pass",
+    "acceptance_of",
+    "choose_chunks",
+    "chunk_weight",
+    "chunk_weights",
+    "micro_batches",
+    "train_pass",
+]
 
 FLOOR_SHARE = 0.05  # a step's denominator is at least this share of its chunks
 
@@ -103,7 +112,7 @@ def n_inputs(rollout: Rollout, chosen_C: Array) -> int:
 
 @dataclass(frozen=True)
 class Pass:
-    """`loss` in nats per trained chunk (of at least 5 % of all); `work_saved` in 0 to 1.
+    """`loss` in nats, a mean over the trained chunks (of at least 5 % of all); `work_saved` in 0 to 1.
 
     `trained`: the chunks that were trained, a bool mask per rollout.
     """
@@ -113,10 +122,25 @@ class Pass:
     trained: list[Array]
 
 
+def chunk_weights(
+    rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config
+) -> list[Array] | None:
+    """Of `weighted`, what the loss of each chosen chunk counts; None where all count the same."""
+    if config.where != "weighted":
+        return None
+    return [
+        weights(acceptance_of(r)).numpy()[mask] for r, mask in zip(rollouts, chosen, strict=True)
+    ]
+
+
 def chunk_weight(rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config) -> float:
-    """What each trained chunk's loss counts: one denominator for the whole step."""
+    """1 / the trained chunks, or the sum of their weights: one denominator for the whole step."""
     n_chunks = sum(len(mask) for mask in chosen)
-    n_chosen = sum(n_trained(rollouts, chosen, config))
+    counted = chunk_weights(rollouts, chosen, config)
+    if counted is None:
+        n_chosen = float(sum(n_trained(rollouts, chosen, config)))
+    else:
+        n_chosen = float(sum(part.sum() for part in counted))
     return 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)
 
 
@@ -168,7 +192,7 @@ def train_pass(
             if config.picks:
                 values = look(*states, rows=pack(rows, masks, **places), **settings)
                 masks = pick(*values, masks, config)
-            packed = pack(rows, masks, **places)
+            packed = pack(rows, masks, weights=chunk_weights(rows, masks, config), **places)
             loss = gold_loss(*states, rows=packed, **settings, weight=weight).total
         loss.backward()
         total += float(loss.detach())

@@ -201,7 +201,7 @@ def check_tier(teacher: Teacher, config: Config) -> None:
     if tier == "tokens" and config.max_overhang < 1:
         needs["--max-overhang"] = "the teacher's longer tokens are not known", "leave it at 1"
     if tier == "tokens" and config.picks:
-        needs[f"--where {config.where}"] = "it ranks chunks by both distributions", "use sampled"
+        needs[f"--where {config.where}"] = "it ranks chunks by both distributions", "use weighted"
     for what, (reason, remedy) in needs.items():
         raise ValueError(
             f"expected a loss that a teacher of the tier {tier} can serve ({TIERS[tier]}), got "

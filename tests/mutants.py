@@ -1196,10 +1196,38 @@ MUTANTS = (
     ),
     # the mask that should be unbiased prefers what it draws often
     Mutant(
-        "examples/experiments/arms.py",
-        "some = [1 / (1 - kept_some(r)[mask])",
-        "some = [(1 - kept_some(r)[mask])",
-        "tests/test_experiments.py",
+        "minigold/disagree.py",
+        "return 1 / (1 - acceptance_C).clamp(min=LEAST)",
+        "return (1 - acceptance_C).clamp(min=LEAST)",
+        "tests/test_masked.py",
+    ),
+    # ... or draws what the teacher accepts less often than it says
+    Mutant(
+        "minigold/disagree.py",
+        "most = 1 - LEAST if",
+        "most = 1 - 0.5 * LEAST if",
+        "tests/test_disagree.py",
+    ),
+    # half a character is a place to hide
+    Mutant(
+        "minigold/batch.py",
+        "observed_C = (scorable_C | _is_broken(answer)) &",
+        "observed_C = scorable_C &",
+        "tests/test_train.py",
+    ),
+    # ... which the teacher is said to like
+    Mutant(
+        "minigold/batch.py",
+        "if rollout.scorable_C[c] else -math.inf",
+        "if rollout.scorable_C[c] else 0.0",
+        "tests/test_train.py",
+    ),
+    # ... or blames the bytes that were right
+    Mutant(
+        "minigold/batch.py",
+        "found_C[c] = bool(said.getstate()[0])",
+        "found_C[c] = not said.getstate()[0]",
+        "tests/test_train.py",
     ),
     # the teacher learns to make mistakes
     Mutant(

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from minigold.disagree import acceptance, choose
+from minigold.disagree import LEAST, acceptance, choose, weights
 
 
 def test_acceptance_is_the_clipped_ratio_and_zero_where_unscorable() -> None:
@@ -19,6 +19,19 @@ def test_all_and_reject() -> None:
     accepted_C = torch.tensor([0.0, 0.49, 0.5, 1.0])
     assert choose(accepted_C, where="all").tolist() == [True] * 4
     assert choose(accepted_C, where="reject", threshold=0.5).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("a", [0.0, 0.3, 0.85, 0.9, 0.97, 1.0])
+def test_weighted_counts_each_chunk_once_on_average(a: float) -> None:
+    """Drawn with 1 - a, at least a tenth, and counted by the inverse."""
+    n, g = 200_000, torch.Generator().manual_seed(0)
+    a_C = torch.full((n,), a)
+    drawn_C = choose(a_C, where="weighted", generator=g)
+    rate = drawn_C.double().mean().item()
+    assert rate == pytest.approx(max(1 - a, LEAST), abs=0.003)
+    assert weights(a_C)[drawn_C].double().sum().item() / n == pytest.approx(1, abs=0.03)
+    if a == 0:
+        assert drawn_C.all()
 
 
 def test_sampled_rejects_with_probability_one_minus_a() -> None:
@@ -49,5 +62,5 @@ def test_seeded() -> None:
 
 
 def test_unknown_where_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of all, sampled, reject, got 'soft-or'"):
+    with pytest.raises(ValueError, match="one of all, weighted, sampled, reject, got 'soft-or'"):
         choose(torch.ones(1), where="soft-or")

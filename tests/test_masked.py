@@ -13,12 +13,13 @@ from torch import Tensor
 
 from minigold.batch import Rollout
 from minigold.config import Config
-from minigold.disagree import WHERE, budget, choose, soft_or
+from minigold.disagree import LEAST, WHERE, budget, choose, soft_or
 from minigold.loss import look
 from minigold.masked import (
     acceptance_of,
     choose_chunks,
     chunk_weight,
+    chunk_weights,
     micro_batches,
     n_inputs,
     starts_of,
@@ -87,6 +88,49 @@ def test_random_replays_the_number_of_another_mask(replay: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(trained, drawn[0], strict=True))
 
 
+def test_weighted_losses_add_up_to_those_of_every_chunk() -> None:
+    """The mean over all draws is the gradient of `all`: by hand, chunk by chunk."""
+    pair = cross_pair()
+    rollouts = rollouts_of(pair)[:3]
+    every = all_chosen(rollouts)
+    wanted = gradient_of(pair, rollouts, every, settings("all")) * sum(map(len, every))
+    expected = torch.zeros_like(wanted)
+    config, probs = settings("weighted"), []
+    for k, a in enumerate(kept_of(rollouts)):
+        for c, kept in enumerate(a.tolist()):
+            chosen = [np.zeros_like(mask) for mask in every]
+            chosen[k][c] = True
+            prob = max(1 - kept, LEAST)  # of being drawn
+            probs.append(prob)
+            assert chunk_weights(rollouts, chosen, config)[k] == pytest.approx([1 / prob])
+            pair.student.decoder.zero_grad(set_to_none=True)
+            train_pass(pair, rollouts, chosen, config, weight=1.0)
+            one = [
+                p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
+                for p in pair.student.decoder.parameters()
+            ]
+            expected += prob * torch.cat(one)
+    assert min(probs) == LEAST < max(probs)
+    pair.student.decoder.zero_grad(set_to_none=True)
+    torch.testing.assert_close(expected, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_weighted_step_is_a_mean() -> None:
+    """The sum of the weights is the denominator, over all rows of the step and their micro-batches."""
+    pair = cross_pair()
+    rollouts = rollouts_of(pair)
+    config = settings("weighted")
+    chosen = chosen_of(pair, rollouts, config)
+    weights = np.concatenate(chunk_weights(rollouts, chosen, config))
+    assert len(weights) == count(chosen) and weights.max() > weights.min() >= 1
+    losses = torch.cat([values_of(pair, r)[0] for r in rollouts])
+    losses = losses[torch.as_tensor(np.concatenate(chosen))].double().numpy()
+    loss = train_pass(pair, rollouts, chosen, config).loss
+    pair.student.decoder.zero_grad(set_to_none=True)
+    assert loss == pytest.approx((losses * weights).sum() / weights.sum(), rel=1e-5)
+    assert chunk_weights(rollouts, chosen, settings("sampled")) is None
+
+
 def test_random_is_drawn_from_what_is_compared() -> None:
     pair = cross_pair()
     rollouts = rollouts_of(pair)
@@ -141,7 +185,7 @@ def values_of(pair: Pair, rollout: Rollout) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("where", [where for where in WHERE if where != "weighted"])
 def test_the_gradient_is_that_of_the_masked_full_computation(where: str) -> None:
     pair = cross_pair()
     rollouts = rollouts_of(pair)
@@ -186,14 +230,10 @@ def test_what_is_not_chosen_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> 
     decoder.zero_grad(set_to_none=True)
     assert n_inputs(rollouts[0], chosen[0]) == 0
     longest = max(  # the state after a token predicts the next one: the last one is not read
-        len(r.answer.prompt_ids) + int(r.chunks.s1[1] - 1 if r.observed_C[1] else r.chunks.s0[1])
-        for r in rollouts[1:]
+        len(r.answer.prompt_ids) + int(r.last_C[1]) for r in rollouts[1:]
     )
     assert read == [(len(rollouts) - 1, longest)]
-    rows = [
-        (r.chunks.s1[1] - r.chunks.s0[1] if r.observed_C[1] else 1) + (r.student_stay_C[1] < -1e-3)
-        for r in rollouts[1:]
-    ]
+    rows = [r.last_C[1] + 1 - r.chunks.s0[1] + (r.student_stay_C[1] < -1e-3) for r in rollouts[1:]]
     assert seen == sum(rows)
 
 

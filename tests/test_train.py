@@ -20,7 +20,7 @@ from minigold.data import Prompt
 from minigold.load import LanguageModel
 from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows, chunk_losses
 from minigold.masked import train_pass
-from minigold.offsets import CUT, SPECIAL, encode_continuation
+from minigold.offsets import BROKEN, CUT, SPECIAL, encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.teacher import Reading, score
@@ -191,6 +191,90 @@ def test_a_special_token_in_the_middle_makes_its_chunk_unscorable_and_no_other()
     assert answer.chunks.s0[flawed] == len(before)  # it belongs to the chunk that follows
 
 
+def broken_rollout(said: list[str], *, finished: bool = True, events: str = "prefix") -> Rollout:
+    """The student's bytes, token by token, as both models of the pair see them."""
+    one = cross_pair()
+    pair = one if events == "prefix" else make_pair(one.student, one.teacher, events=events)
+    ours = pair.student.tokenizer
+    ids = [
+        i
+        for text in said
+        for i in (
+            [ours.token_to_id(text)] if text[0] == "<" else encode_continuation(ours, text)[0]
+        )
+    ]
+    answer = answer_of(
+        PROMPTS[0], [1], [*ids, *[pair.student.end_id] * finished], finished=finished,
+        on_policy=True, teacher_prompt_ids=[0], student_tokenizer=ours,
+        teacher_tokenizer=pair.teacher.tokenizer, end_id=pair.student.end_id, identical=False,
+    )  # fmt: skip
+    return collect(pair, [answer], [None], CONFIG)[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "blamed"),
+    [
+        (["hello", "<0xA9>", " fox"], "<0xA9>"),  # nothing can begin so
+        (["hello", "<0xC3>", " fox"], " fox"),  # until here it could have become an é
+        (["hello", "<0xC3>", "<0xC3>", "<0xA9>"], "<0xC3>"),
+        (["hello", "<0xF0>", "<0x9F>"], "</s>"),
+        (["<0xFF>"], "<0xFF>"),
+    ],
+)
+def test_broken_bytes_are_an_event_that_the_teacher_never_takes(
+    said: list[str], blamed: str
+) -> None:
+    """Else nothing would be lost by hiding in them: they have no chunk log-probability."""
+    pair, r = cross_pair(), broken_rollout(said)
+    ours, a, c = pair.student.tokenizer, r.answer, r.chunks
+    k = int(np.flatnonzero(c.flaw == BROKEN)[0])
+    assert not r.scorable_C[k] and np.isnan(r.teacher_logp_C[k])
+    last = int(r.last_C[k])
+    assert a.ids[last] in (ours.token_to_id(blamed), encode_continuation(ours, blamed)[0][0])
+    assert r.observed_C[k] == (
+        last > c.s0[k]
+    )  # a byte that nothing begins with is itself the event
+    if not r.observed_C[k]:
+        return
+    mask = np.arange(len(c.s0)) == k
+    rows = pack(
+        [r], [mask], student_starts=[len(a.prompt_ids) - 1], teacher_starts=[0],
+        teacher_end_id=pair.teacher.end_id,
+    )  # fmt: skip
+    assert rows.teacher_logp_C.tolist() == [-math.inf]
+    decoder, head = pair.student.decoder, pair.teacher.decoder.head
+    hidden_SD = decoder(torch.tensor([a.prompt_ids + a.ids]))[0]
+    logits_SV = decoder.head.logits(hidden_SD).detach().double().requires_grad_()
+    (loss,) = chunk_losses(
+        logits_SV, head.logits(r.score.hidden_MD), rows=rows, events=pair.events, beta=0.5
+    )
+    loss.backward()
+    taken = torch.tensor(a.ids[c.s0[k] : last + 1])
+    at = len(a.prompt_ids) - 1 + int(c.s0[k])
+    moved = (logits_SV.detach() - 0.1 * logits_SV.grad).log_softmax(-1)
+    before = logits_SV.detach().log_softmax(-1)
+    places = torch.arange(at, at + len(taken))
+    change = (moved - before)[places, taken]
+    assert len(change) > 1 and (change[1:] < 0).all()  # the first one is in an event that may grow
+    bare = dataclasses.replace(rows, observed_C=torch.tensor([False]))
+    (hidden,) = chunk_losses(
+        logits_SV, head.logits(r.score.hidden_MD), rows=bare, events=pair.events, beta=0.5
+    )
+    assert loss > hidden
+
+
+def test_what_is_cut_off_or_whole_is_not_broken() -> None:
+    for said, finished in ((["hello", "<0xC3>"], False), (["hello", "<0xC3>", "<0xA9>"], True)):
+        r = broken_rollout(said, finished=finished)
+        broken = r.chunks.flaw == BROKEN
+        assert broken.any() != finished and not r.observed_C[broken].any()
+    r = broken_rollout(["<0xC3>", " fox", "<0xF0>"], finished=False)
+    broken = r.chunks.flaw == BROKEN
+    assert r.observed_C[broken].tolist() == [True, False]
+    r = broken_rollout(["hello", "<0xC3>", " fox"], events="strict")
+    assert not r.observed_C.any() and (r.last_C == r.chunks.s0).all()
+
+
 def test_fixed_answers_are_read_by_the_student_too() -> None:
     pair = cross_pair()
     fixed = [prompt_of("hello", completion=" the quick brown fox. héllo")]
@@ -242,7 +326,7 @@ def dense_gradient(pair: Pair, rollouts: list[Rollout], chosen: list[Any], beta:
         hidden_SD = decoder(torch.tensor([a.prompt_ids + a.ids]))[0]
         teacher_SD = pair.teacher.decoder(torch.tensor([a.teacher_prompt_ids + a.teacher_ids]))[0]
         for k in np.flatnonzero(mask).tolist():
-            first, last = int(c.s0[k]), int(c.s1[k]) if r.observed_C[k] else int(c.s0[k]) + 1
+            first, last = int(c.s0[k]), int(r.last_C[k]) + 1
             kinds = [FIRST] + [REST] * (last - first - 1)
             if -math.expm1(r.student_stay_C[k]) > 0.001:
                 kinds.insert(0, BEFORE if c.s1[k - 1] - c.s0[k - 1] == 1 else INSIDE)
@@ -259,7 +343,9 @@ def dense_gradient(pair: Pair, rollouts: list[Rollout], chosen: list[Any], beta:
                 ),
                 torch.tensor([0]),
                 torch.tensor([[*a.teacher_ids, pair.teacher.end_id][c.t0[k]]]),
-                torch.tensor([np.nan_to_num(r.teacher_logp_C[k])], dtype=torch.float32),
+                torch.tensor(
+                    [np.nan_to_num(r.teacher_logp_C[k], nan=-np.inf)], dtype=torch.float32
+                ),
                 Carry(
                     torch.zeros(n_carried, dtype=torch.int64),
                     nothing if carried is None else carried.event_K,
@@ -501,8 +587,9 @@ def test_needed_states_end_with_the_last_chosen_chunk() -> None:
         for k in range(n):
             mask = np.zeros(n, dtype=bool)
             mask[: k + 1] = True
-            last = r.chunks.s1[k] if r.observed_C[k] else r.chunks.s0[k] + 1
-            assert needed_states(r, mask) == last
+            assert needed_states(r, mask) == r.last_C[: k + 1].max() + 1
+            own = r.chunks.s1[k] if r.observed_C[k] else r.chunks.s0[k] + 1
+            assert r.last_C[k] + 1 in ((own, own + 1) if r.chunks.flaw[k] == BROKEN else (own,))
 
 
 def test_learning_rate_warms_up_and_ends_at_a_tenth() -> None:

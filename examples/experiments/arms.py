@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigold import batch, loss, masked, pair, teacher, train
+from minigold import batch, pair, teacher, train
 from minigold.align import Chunks
 from minigold.batch import Array, Rollout
 from minigold.config import Config
@@ -52,7 +52,6 @@ BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
     student_plain=True,
 )
 LR: dict[str, float] = {}  # of arms that do best with another, see docs/experiments.md
-KEPT = 0.1  # least probability with which the mask `weighted` trains a chunk
 UNLIKELY = 0.1  # probability under which the control `suppress` pushes a sampled token down
 
 AnswerLoss = Callable[[Rollout, Tensor, Tensor], Tensor]
@@ -207,40 +206,6 @@ def two_sided(rollout: Rollout) -> Tensor:
     return torch.where(torch.as_tensor(rollout.scorable_C), (-gain_C.abs()).exp(), 0.0)
 
 
-def kept_some(rollout: Rollout) -> Tensor:
-    """Acceptance that leaves every chunk a probability of at least `KEPT` to be trained."""
-    return masked.acceptance_of(rollout).clamp(max=1 - KEPT)
-
-
-def weighted_pass(
-    pair: Pair, rollouts: Sequence[Rollout], chosen: Sequence[Array], config: Config
-) -> Pass:
-    """Each loss divided by the probability that its chunk is trained, the step's by all chunks.
-
-    The expected gradient is then that of `all`, whatever the mask prefers.
-    """
-    compare, weights = loss._compare, torch.zeros(0)  # noqa: SLF001
-
-    def packed(rows: Sequence[Rollout], masks: Sequence[Array], **places: Any) -> Any:
-        nonlocal weights
-        some = [1 / (1 - kept_some(r)[mask]) for r, mask in zip(rows, masks, strict=True)]
-        weights = torch.cat(some)
-        return batch.pack(rows, masks, **places)
-
-    def compared(student_CX: Tensor, *others: Any) -> Tensor:
-        nonlocal weights
-        loss_C = compare(student_CX, *others)
-        weight_C, weights = weights[: len(loss_C)], weights[len(loss_C) :]
-        return loss_C * weight_C.to(loss_C)
-
-    with (
-        patch.object(masked, "pack", packed),
-        patch.object(loss, "_compare", compared),
-        patch.object(masked, "FLOOR_SHARE", 1.0),
-    ):
-        return masked.train_pass(pair, rollouts, chosen, config)
-
-
 # ------------------------------------------------------------------- parts left out
 def longest_prefixes(student: Vocabulary, other: Vocabulary, *, kind: str) -> Events:
     """Tokens of one side alone go to their longest prefix, whatever the other side's first piece."""
@@ -264,6 +229,8 @@ def _masks() -> dict[str, Arm]:
     """Every mask, and beside it the random one that trains as many chunks a step."""
     found = {"all": Arm("masks", "every chunk", ALL)}
     kinds: list[tuple[str, str, dict[str, Any]]] = [
+        ("sampled", "what speculative decoding would reject, each chunk counting the same",
+         {"where": "sampled"}),
         *((f"reject-{x}", f"acceptance under {x}", {"where": "reject", "threshold": x})
           for x in THRESHOLDS),
         *((f"{kind}-{x}", f"the largest {x:.0%} by {kind}", {"where": kind, "fraction": x})
@@ -271,7 +238,7 @@ def _masks() -> dict[str, Arm]:
     ]  # fmt: skip
     for name, told, changes in kinds:
         found[name] = Arm("masks", told, changes)
-    kinds.insert(0, ("sampled", "", {"where": "sampled"}))
+    kinds.insert(0, ("weighted", "", {"where": "weighted"}))
     for name, _, changes in kinds:
         if not name.startswith("soft-or"):  # trains as many as divergence does
             mask = {"replay": changes["where"], **changes, "where": "random"}
@@ -279,10 +246,7 @@ def _masks() -> dict[str, Arm]:
                 del mask["replay"]
             found[f"random-{name}"] = Arm("random", f"as many chunks as {name}, at random", mask)
     found["two-sided"] = Arm("masks", "as sampled, by the ratio of both probabilities either way",
-                             names=((train, "acceptance_of", two_sided),))  # fmt: skip
-    found["weighted"] = Arm("masks", "as sampled, a tenth of the others too, each weighted by 1 / "
-                            "its probability", names=((train, "acceptance_of", kept_some),
-                                                      (train, "train_pass", weighted_pass)))  # fmt: skip
+                             {"where": "sampled"}, ((train, "acceptance_of", two_sided),))  # fmt: skip
     return found
 
 
@@ -290,7 +254,7 @@ ARMS: dict[str, Arm] = {
     "teacher": Arm("ends", "the teacher itself", {"student_plain": False}, trains=False,
                    student="teacher"),
     "untouched": Arm("ends", "the student before", trains=False),
-    "gold": Arm("default", "minigold as it is: prefix, beta 0.5, sampled, lambda 1"),
+    "gold": Arm("default", "minigold as it is: prefix, beta 0.5, weighted, lambda 1"),
     "fine-tuned": Arm("rivals", "cross-entropy on what the teacher wrote", {**ALL, "lmbda": 0.0},
                       loss=label_loss, per_token=True),
     "off-policy": Arm("rivals", "lambda 0: our loss on what the teacher wrote", {"lmbda": 0.0}),

@@ -154,7 +154,7 @@ def _mask_keeps(r: Results) -> tuple[bool, str]:
             break
     else:
         return False, f"no mask of {', '.join(MASKS)} trained at most {SHARE:.0%}"
-    random = f"random-{'sampled' if mask == 'gold' else mask.replace('soft-or', 'divergence')}"
+    random = f"random-{'weighted' if mask == 'gold' else mask.replace('soft-or', 'divergence')}"
     start = r.share("untouched")
     kept = (r.share(mask) - start) / max(r.share("all") - start, 1e-9)
     _, low, _ = r.above(mask, random) if r.of(random) else (0.0, 0.0, 0.0)
@@ -189,7 +189,7 @@ def _above_random(random: str) -> Callable[[Results], tuple[bool, str]]:
     mask = random.removeprefix("random-")
 
     def rule(r: Results) -> tuple[bool, str]:
-        value, low, high = r.above("gold" if mask == "sampled" else mask, random)
+        value, low, high = r.above("gold" if mask == "weighted" else mask, random)
         return low > 0, f"the mask is higher by {_span(value, low, high)}"
 
     return rule
@@ -214,7 +214,7 @@ def rules() -> list[Rule]:
         ("c", "the student stops as often as the teacher", ends, _as_teacher("stopped")),
         ("d", "code is as well indented as the teacher's", ends, _as_teacher("indented")),
         *(("control", f"`{x}` fails", (*ends, x), _fails(x)) for x in CONTROLS),
-        *(("mask", f"beats `{x}`", (x, "gold" if x == "random-sampled" else x[7:]),
+        *(("mask", f"beats `{x}`", (x, "gold" if x == "random-weighted" else x[7:]),
            _above_random(x)) for x in ARMS if x.startswith("random-")),
         ("positive", "with one tokenizer, minigold is GKD", ("same-gold", "same-gkd"), _same),
     ]  # fmt: skip

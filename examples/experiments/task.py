@@ -36,10 +36,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from minigold import demo_task
 from minigold.chat import prompt_ids
 from minigold.data import Prompt, read_prompts
-from minigold.demo_task import OPERANDS, number_word
+from minigold.demo_task import glim, number_word
 from minigold.evaluate import exact_matches
 from minigold.generate import said
 from minigold.load import LanguageModel, load
@@ -56,7 +55,6 @@ __all__ = [
     "make",
     "prompts",
     "read_texts",
-    "warm_up",
     "well_indented",
 ]
 
@@ -68,7 +66,12 @@ SHAPES = (
     "class {name}:\n    def glim():\n        if {a}:\n            return {b}",
 )
 WORD, NUMBERS = re.compile(r"[a-z-]+"), {number_word(n) for n in range(100)}
-N_WARM_UP = 8  # prompts whose answers the student has seen
+OPERANDS, N_HELD_OUT, N_PROMPTS = (
+    5,
+    200,
+    4000,
+)  # zero to four: 25 sums, which a student learns in minutes
+VALUES = [number_word(n) for n in range(OPERANDS)]
 INDENT = 4
 MAX_NEW_TOKENS, CONTEXT = 72, 192
 MADE = "made"
@@ -84,36 +87,41 @@ def answer(name: str, first: str, second: str) -> str:
 
 @cache
 def _all_prompts() -> tuple[Prompt, ...]:
-    """The demo's, held-out ones first, each with a name."""
+    """Every name with every two sums, in an order that is random but fixed."""
+    order = np.random.default_rng(0).permutation(len(NAMES) * OPERANDS**4).tolist()
     found = []
-    for i, p in enumerate([*demo_task.held_out(), *demo_task.prompts()]):
-        name = NAMES[i % len(NAMES)]
-        first, second = (p.answer or "").split(", ")
-        found.append(Prompt(f"{name}: {p.prompt}", answer=answer(name, first, second)))
+    for place in order[: N_HELD_OUT + N_PROMPTS]:
+        rest, name = divmod(place, len(NAMES))
+        a, b, c, d = (rest // OPERANDS**k % OPERANDS for k in (3, 2, 1, 0))
+        told = f"{VALUES[a]} glim {VALUES[b]}, {VALUES[c]} glim {VALUES[d]}"
+        right = answer(NAMES[name], number_word(glim(a, b)), number_word(glim(c, d)))
+        found.append(Prompt(f"{NAMES[name]}: {told}\n", answer=right))
     return tuple(found)
 
 
 def held_out() -> list[Prompt]:
-    """200 prompts that no model is trained on; each of their sums, and each name, is in others."""
-    return list(_all_prompts()[: demo_task.N_HELD_OUT])
+    """Prompts that no model is trained on; each of their sums, and each name, is in others."""
+    return list(_all_prompts()[:N_HELD_OUT])
 
 
 def prompts() -> list[Prompt]:
     """All other prompts. Distillation does not read their answers."""
-    return list(_all_prompts()[demo_task.N_HELD_OUT :])
-
-
-def warm_up() -> list[Prompt]:
-    """The few of them that the student, like every arm, has seen answered."""
-    return prompts()[:N_WARM_UP]
+    return list(_all_prompts()[N_HELD_OUT:])
 
 
 def forms(seed: int) -> list[Prompt]:
-    """Prompts with answers of the right form and random numbers."""
+    """Prompts with answers of the right form: every other one adds, the rest get random numbers."""
     rng, found = np.random.default_rng(seed), []
-    for p in prompts():
-        a, b = map(number_word, rng.integers(0, 100, 2).tolist())
-        found.append(Prompt(p.prompt, answer=answer(str(p.prompt).split(":")[0], a, b)))
+    for i, p in enumerate(prompts()):
+        name, told = str(p.prompt).split(": ")
+        if i % 2:
+            told = told.replace("glim", "plus")
+            sums = [one.split(" plus ") for one in told.strip().split(", ")]
+            numbers = [VALUES.index(a) + VALUES.index(b) for a, b in sums]
+        else:
+            numbers = rng.integers(0, 100, 2).tolist()
+        a, b = map(number_word, numbers)
+        found.append(Prompt(f"{name}: {told}", answer=answer(name, a, b)))
     return found
 
 
@@ -122,13 +130,15 @@ def damaged(rows: Sequence[Prompt], seed: int) -> list[Prompt]:
 
     A mistake is another number, or a few characters left out, put in or replaced by a piece of
     other answers or by spaces. What follows it is right: who learns these texts, but for the
-    mistakes, goes on well after a mistake.
+    mistakes, goes on well after a mistake. Its range begins where the word begins, with the space
+    before it: these bytes may be right, and are cut into other tokens than in a right answer.
     """
     rng, found = np.random.default_rng(seed), []
     for p in rows:
         text = p.answer or ""
         cuts = sorted(rng.choice(len(text), size=int(rng.integers(1, 4)), replace=False).tolist())
-        made, at, mistakes = "", 0, []
+        made, at = "", 0
+        mistakes: list[tuple[int, int]] = []
         for cut in cuts:
             if mistakes and cut <= at:
                 continue
@@ -138,11 +148,12 @@ def damaged(rows: Sequence[Prompt], seed: int) -> list[Prompt]:
             else:
                 piece, at_next = _piece(rng, rows), cut + int(rng.integers(0, 9))
             made += text[at:cut]
-            first = len(made.encode())
+            before = re.sub(r"\s*\S*$", "", made)
             made += piece
             at = min(at_next, len(text) - (not piece))
-            size = len((piece or text[at]).encode())  # what follows a gap shows that there is one
-            mistakes.append((first, first + size))
+            shown = made + ("" if piece else text[at])  # what follows a gap shows that there is one
+            last = mistakes[-1][1] if mistakes else 0
+            mistakes.append((max(last, len(before.encode())), len(shown.encode())))
         found.append(Prompt(p.prompt, answer=made + text[at:], extra={"mistakes": mistakes}))
     return found
 
@@ -201,11 +212,9 @@ def student_tokenizer(*, apart: bool = False) -> Tokenizer:
     Args:
         apart: the single space before a word is a token, too.
     """
-    words = [number_word(n) for n in range(10 * OPERANDS)]
-    other = [
-        "glimmer, glimpse, return, returned; define: classic",
-        "cafés, naïveté, façades, déjeuner",
-    ]
+    words = [number_word(n) for n in range(80)]
+    known = " ".join(name for name in NAMES if "ö" not in name)  # the others are spelled in bytes
+    other = ["glimmer, glimpse, returned; define: class", f"def return if class: {known}"]
     lines = [
         f"{words[k]} {words[k - 7]}, {words[k - 11]}:\n{' ' * (INDENT * depth)}{words[k - 3]}"
         for k in range(len(words))
@@ -216,7 +225,7 @@ def student_tokenizer(*, apart: bool = False) -> Tokenizer:
     word = r"▁+|[^▁\n:,()-]+" if apart else r"▁{2,}|▁?[^▁\n:,()-]+"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\n+|[:,()]+|-|{word}"), "isolated")
     tokenizer.train_from_iterator(
-        [*lines, *other * 9], BpeTrainer(vocab_size=200, show_progress=False)
+        [*lines, *other * 9], BpeTrainer(vocab_size=260, show_progress=False)
     )
     trained = json.loads(tokenizer.to_str())["model"]
     pieces = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
@@ -253,7 +262,7 @@ def make(out: Path, *, scale: float = 1.0, say: Callable[[str], None] = print) -
         teacher = _new(out / "untaught", TEACHER, tokenizer, end="<|end|>", template=TEMPLATE)
         teach(teacher, form, steps=300, size=64, seed=1, lr=2e-3)
         _save(teacher, out / "untaught")
-        teach(teacher, prompts(), steps=900, size=128, seed=5, lr=2e-3)
+        teach(teacher, prompts(), steps=500, size=128, seed=5, lr=2e-3)
         both = [*prompts(), *damaged(prompts(), seed=6), *damaged(prompts(), seed=7)]
         teach(teacher, both, steps=300, size=128, seed=8, lr=1e-3)
         _save(teacher, out / "teacher")
@@ -264,8 +273,7 @@ def make(out: Path, *, scale: float = 1.0, say: Callable[[str], None] = print) -
     ):
         if not _is_made(out / name):
             student = _new(out / name, STUDENT, tokenizer, end=end, template=template)
-            teach(student, form, steps=400, size=64, seed=3, lr=2e-3)
-            teach(student, warm_up(), steps=60, size=8, seed=4, lr=5e-4)
+            teach(student, form, steps=800, size=64, seed=3, lr=2e-3)
             _save(student, out / name)
     teacher = load(out / "teacher")
     for name, rows in (("train", prompts()), ("held_out", held_out())):
