@@ -47,7 +47,7 @@ BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
     batch_size=64,
     micro_batch=64,
     max_new_tokens=MAX_NEW_TOKENS,
-    lr=5e-4,
+    lr=2e-3,
     warmup=10,
     student_plain=True,
 )
