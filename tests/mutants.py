@@ -1309,8 +1309,8 @@ MUTANTS = (
     # in TRL's trainer the loss grows with the batch
     Mutant(
         "examples/in_trl.py",
-        "weight=1 / n_chosen",
-        "weight=1.0",
+        "weight=chunk_weight(rollouts, chosen, gold),",
+        "weight=1.0,",
         "tests/test_in_trl.py",
     ),
     # the cache is filled with rows that were never cut

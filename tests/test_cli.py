@@ -268,7 +268,7 @@ def test_wrong_commands_are_refused(work: Path, args: list[str | Path], message:
         (["--lr", "inf"], "expected --lr finite, got inf"),
         (["--temperature", "inf"], "expected --temperature finite, got inf"),
         (["--beta", "1.01"], "expected --beta from 0 to 1, got 1.01"),
-        (["--where", "often"], "expected --where one of all, sampled, .* random, got 'often'"),
+        (["--where", "often"], "expected --where one of all, weighted, sampled, .* random, got 'often'"),
         (["--replay", "reject"], "expected --replay with --where random only, got 'reject'"),
         (["--fraction", "0.5"], "expected --fraction with the masks divergence and soft-or only"),
         (["--events", ""], "expected --events one of prefix, strict, byte, chunk, got ''"),
