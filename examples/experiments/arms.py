@@ -48,7 +48,7 @@ BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
     micro_batch=64,
     max_new_tokens=MAX_NEW_TOKENS,
     lr=2e-3,
-    warmup=10,
+    warmup=50,
     student_plain=True,
 )
 LR: dict[str, float] = {}  # of arms that do best with another, see docs/experiments.md
