@@ -163,7 +163,8 @@ def take_step(
     )
     extra = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "ranks": world}
     row = measured.plain({"step": number, **numbers, **extra})
-    return Step(row, rollouts, [a.numpy() for a in kept], chosen)
+    accepted = [acceptance_of(r, by_teacher=True).numpy() for r in rollouts]
+    return Step(row, rollouts, accepted, chosen)
 
 
 def save(pair: Pair, folder: Path) -> None:

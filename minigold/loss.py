@@ -654,7 +654,10 @@ class _Blockwise(torch.autograd.Function):
             hidden_ND = hidden_SD[place_N]
             raw_NV = hidden_ND if weight_VD is None else F.linear(hidden_ND, weight_VD, bias_V)
             with torch.set_grad_enabled(graded):
-                losses_B, weight_B = losses_of(number, raw_NV.requires_grad_(graded)), weights[number]
+                losses_B, weight_B = (
+                    losses_of(number, raw_NV.requires_grad_(graded)),
+                    weights[number],
+                )
                 total = (losses_B if weight_B is None else losses_B * weight_B).sum() * weight
             if graded:
                 (grad_NV,) = torch.autograd.grad(total, raw_NV)

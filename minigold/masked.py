@@ -50,10 +50,18 @@ __all__ = [
 FLOOR_SHARE = 0.05  # a step's denominator is at least this share of its chunks
 
 
-def acceptance_of(rollout: Rollout) -> Tensor:
-    """Of each chunk, see `disagree.acceptance`."""
+def acceptance_of(rollout: Rollout, *, by_teacher: bool = False) -> Tensor:
+    """Of each chunk, see `disagree.acceptance`: by the model that did not write the answer.
+
+    A fixed answer stands for the teacher's own: the student accepts what it finds as likely.
+
+    Args:
+        by_teacher: by the teacher, whoever wrote the answer.
+    """
     r = rollout
-    return acceptance(*map(torch.as_tensor, (r.student_logp_C, r.teacher_logp_C, r.scorable_C)))
+    logps = (r.student_logp_C, r.teacher_logp_C)
+    wrote, reads = logps if r.answer.on_policy or by_teacher else logps[::-1]
+    return acceptance(*map(torch.as_tensor, (wrote, reads, r.scorable_C)))
 
 
 def choose_chunks(

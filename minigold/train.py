@@ -45,7 +45,7 @@ log = logging.getLogger("minigold")
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did: rollouts, the acceptance of each chunk, and the chunks trained.
+    """What one step did: rollouts, the teacher's acceptance of each chunk, and the chunks trained.
 
     Args:
         wrong: what was not finite, in words; "" if all was.
@@ -282,7 +282,7 @@ def take_step(
     else:
         log.warning("step %d: no chunk was chosen; no optimizer step is taken", number)
     clock.append(time.perf_counter())
-    accepted = [a.numpy() for a in kept]
+    accepted = [acceptance_of(r, by_teacher=True).numpy() for r in rollouts]
     trained = result.trained
     numbers = measured.step_metrics(
         rollouts, trained, config, loss=result.loss, work_saved=result.work_saved, clock=clock

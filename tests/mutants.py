@@ -1208,6 +1208,13 @@ MUTANTS = (
         "most = 1 - 0.5 * LEAST if",
         "tests/test_disagree.py",
     ),
+    # a fixed answer is tested as if the student had written it
+    Mutant(
+        "minigold/masked.py",
+        "logps if r.answer.on_policy or by_teacher else logps[::-1]",
+        "logps",
+        "tests/test_masked.py",
+    ),
     # half a character is a place to hide
     Mutant(
         "minigold/batch.py",

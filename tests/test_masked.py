@@ -88,6 +88,24 @@ def test_random_replays_the_number_of_another_mask(replay: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(trained, drawn[0], strict=True))
 
 
+def test_a_fixed_answer_is_tested_by_the_student() -> None:
+    """It was not sampled by the student: what the teacher finds likely and the student does not is trained."""
+    pair = cross_pair()
+    fixed = [dataclasses.replace(p, completion=" the quick brown fox") for p in PROMPTS]
+    for lmbda, sign in ((1.0, 1), (0.0, -1)):
+        config = dataclasses.replace(CONFIG, lmbda=lmbda)
+        rollouts = collect(pair, *sample_answers(pair, fixed, config, number=1), config)
+        for r in rollouts:
+            gain_C = torch.as_tensor(sign * (r.teacher_logp_C - r.student_logp_C)[r.scorable_C])
+            kept_C = acceptance_of(r)
+            torch.testing.assert_close(kept_C[r.scorable_C], gain_C.clamp(max=0).exp())
+            assert (kept_C[~r.scorable_C] == 0).all() and r.answer.on_policy == (sign > 0)
+            shown_C = acceptance_of(r, by_teacher=True)  # what samples and the report say
+            torch.testing.assert_close(
+                shown_C[r.scorable_C], (sign * gain_C).clamp(max=0).exp(), atol=1e-9, rtol=1e-6
+            )
+
+
 def test_weighted_losses_add_up_to_those_of_every_chunk() -> None:
     """The mean over all draws is the gradient of `all`: by hand, chunk by chunk."""
     pair = cross_pair()

@@ -319,7 +319,9 @@ def test_chunks_alone_need_no_more_than_the_tokens(kind: str) -> None:
             rollouts = [r for r in rollouts if not r.answer.finished]
         masks = comparable(rollouts, pair)
         assert all((mask == r.observed_C).all() for mask, r in zip(masks, rollouts, strict=True))
-        for r in rollouts:  # broken bytes have a probability as well, none, if they were not cut off
+        for (
+            r
+        ) in rollouts:  # broken bytes have a probability as well, none, if they were not cut off
             broken_C = r.chunks.flaw == BROKEN
             broken_C[len(broken_C) - (not r.answer.finished) :] = False
             assert (r.observed_C == (r.scorable_C | broken_C)).all()

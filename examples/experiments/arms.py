@@ -200,7 +200,7 @@ def suppress_loss(_pair: Pair) -> AnswerLoss:
 
 
 # ------------------------------------------------------------------- masks of their own
-def two_sided(rollout: Rollout) -> Tensor:
+def two_sided(rollout: Rollout, **_: Any) -> Tensor:
     """Acceptance that is low as well where the teacher finds a chunk likelier than the student."""
     gain_C = torch.as_tensor(rollout.teacher_logp_C - rollout.student_logp_C)
     return torch.where(torch.as_tensor(rollout.scorable_C), (-gain_C.abs()).exp(), 0.0)
