@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import minigold
-from minigold import batch, pair, teacher
+from minigold import batch, demo, pair, teacher
 from minigold.align import Chunks, align
 from minigold.demo import DEMO, accuracy, demo_models, one_thread, run_demo
 from minigold.demo_task import held_out, warm_up
@@ -64,7 +64,7 @@ def shifted(student_spans: Any, teacher_spans: Any) -> Chunks:
 
 def spoiled(**changes: dict[str, Any]) -> Callable[[], Any]:
     """A context in which names of modules are replaced."""
-    modules = {"batch": batch, "pair": pair, "teacher": teacher}
+    modules = {"batch": batch, "demo": demo, "pair": pair, "teacher": teacher}
 
     @contextmanager
     def context() -> Iterator[None]:
@@ -83,6 +83,10 @@ def no_overhang(_measures_S5: np.ndarray, first_C: np.ndarray, *_others: np.ndar
 
 ARMS = {
     "gold": spoiled(),
+    **{
+        name: spoiled(demo={"DEMO": dataclasses.replace(DEMO, where=name)})
+        for name in ("all", "sampled")
+    },
     "shuffled": spoiled(pair={"match": shuffled}),
     "shifted": spoiled(batch={"align": shifted}),
     "no-carry": spoiled(teacher={"_covers": lambda *_args: []}, batch={"_stays": no_overhang}),

@@ -34,7 +34,6 @@ from minigold.evaluate import evaluate
 from minigold.hf import wrap
 from minigold.loss import gold_loss
 from minigold.masked import (
-    acceptance_of,
     choose_chunks,
     chunk_weight,
     chunk_weights,
@@ -76,8 +75,7 @@ class Trainer(GOLDTrainer):
         answers = self.answers(inputs)
         rollouts = collect(pair, answers, [None] * len(answers), gold)  # both sides read them
         seed = seeds_of(gold.seed, self.state.global_step, MASK, 1)[0]
-        kept = [acceptance_of(one) for one in rollouts]
-        chosen = choose_chunks(rollouts, kept, pair.events, gold, seed=seed)
+        chosen = choose_chunks(rollouts, pair.events, gold, seed=seed)
 
         decoder = pair.student.decoder
         hidden_BSD = decoder(pad([[*a.prompt_ids, *a.ids] for a in answers], decoder.device))

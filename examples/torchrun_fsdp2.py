@@ -129,9 +129,8 @@ def take_step(
         clock.append(time.perf_counter())
         own = collect(pair, answers, student_side, config)
     rollouts = gathered(own)
-    kept = [acceptance_of(r) for r in rollouts]
     seed = seeds_of(config.seed, number, MASK, 1)[0]
-    chosen = choose_chunks(rollouts, kept, pair.events, config, seed=seed)
+    chosen = choose_chunks(rollouts, pair.events, config, seed=seed)
     clock.append(time.perf_counter())
     weight = world * chunk_weight(rollouts, chosen, config)  # FSDP2 divides the sum by the ranks
     result = train_pass(pair, own, chosen[mine], config, weight=weight)
@@ -163,7 +162,7 @@ def take_step(
     )
     extra = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "ranks": world}
     row = measured.plain({"step": number, **numbers, **extra})
-    accepted = [acceptance_of(r, by_teacher=True).numpy() for r in rollouts]
+    accepted = [acceptance_of(r).numpy() for r in rollouts]
     return Step(row, rollouts, accepted, chosen)
 
 

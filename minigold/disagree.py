@@ -8,9 +8,10 @@ with probability `min(1, exp(l_t - l_s))`, and training goes where it would not.
 `divergence` and `soft-or` need both distributions, so they save the head's gradient only.
 
 What a mask leaves out is not only work: a form that both models hold is trained next to never, and
-is lost bit by bit to the steps on other chunks. `weighted` draws as `sampled` does, but every
-chunk with a probability, and divides each loss by it: its expected gradient is that of `all`
-(Horvitz and Thompson, 1952). Of the others only `random` is an unbiased sample.
+is lost bit by bit to the steps on other chunks. `weighted` goes where either model finds a chunk
+likelier than the other does, leaves every chunk a probability, and divides each loss by it: its
+expected gradient is that of `all` (Horvitz and Thompson, 1952). Of the others only `random` is an
+unbiased sample.
 """
 
 import math
@@ -23,6 +24,7 @@ __all__ = [
     "LEAST",
     "WHERE",
     "acceptance",
+    "agreement",
     "budget",
     "choose",
     "largest",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 KNOWN_BEFORE = ("all", "weighted", "sampled", "reject")  # what `choose` takes
-LEAST = 0.1  # probability with which `weighted` trains a chunk that the teacher would accept
+LEAST = 0.1  # probability with which `weighted` trains a chunk that both models find as likely
 WHERE = (*KNOWN_BEFORE, "divergence", "soft-or", "random")
 
 
@@ -50,6 +52,16 @@ def acceptance(student_logp_C: Tensor, teacher_logp_C: Tensor, scorable_C: Tenso
     return gain_C.clamp(max=0).exp()
 
 
+def agreement(student_logp_C: Tensor, teacher_logp_C: Tensor, scorable_C: Tensor) -> Tensor:
+    """The smaller of both ratios of each chunk's probabilities, exp(-|l_t - l_s|); as `acceptance`.
+
+    >>> agreement(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0]), torch.ones(2).bool())
+    tensor([0.3679, 0.3679])
+    """
+    gain_C = torch.where(scorable_C, teacher_logp_C - student_logp_C, -torch.inf)
+    return gain_C.abs().neg().exp()
+
+
 def choose(
     acceptance_C: Tensor,
     *,
@@ -60,7 +72,7 @@ def choose(
     """Bool mask of the chunks to train, from what is known before the training pass.
 
     Args:
-        acceptance_C: from `acceptance`.
+        acceptance_C: from `acceptance`; for `weighted` from `agreement`.
         where: `all`; `sampled`: uniform u > a, which rejects with probability exactly 1 - a;
             `weighted`: the same with a at most 1 - `LEAST`, see `weights`; `reject`: a < threshold.
         generator: random stream of `sampled` and `weighted`, on the device of `acceptance_C`.
@@ -82,13 +94,13 @@ def choose(
     raise ValueError(f"expected one of {', '.join(KNOWN_BEFORE)}, got {where!r}")
 
 
-def weights(acceptance_C: Tensor) -> Tensor:
+def weights(agreement_C: Tensor) -> Tensor:
     """What a chunk's loss counts with `weighted`: 1 / the probability that it is trained.
 
     >>> weights(torch.tensor([0.0, 0.5, 1.0]))
     tensor([ 1.,  2., 10.])
     """
-    return 1 / (1 - acceptance_C).clamp(min=LEAST)
+    return 1 / (1 - agreement_C).clamp(min=LEAST)
 
 
 def budget(n: int, fraction: float) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from minigold.config import Config
 from minigold.disagree import (
     KNOWN_BEFORE,
     acceptance,
+    agreement,
     budget,
     choose,
     largest,
@@ -43,6 +45,7 @@ __all__ = [
     "choose_chunks",
     "chunk_weight",
     "chunk_weights",
+    "kept_of",
     "micro_batches",
     "train_pass",
 ]
@@ -50,41 +53,38 @@ __all__ = [
 FLOOR_SHARE = 0.05  # a step's denominator is at least this share of its chunks
 
 
-def acceptance_of(rollout: Rollout, *, by_teacher: bool = False) -> Tensor:
-    """Of each chunk, see `disagree.acceptance`: by the model that did not write the answer.
+def acceptance_of(rollout: Rollout) -> Tensor:
+    """Of each chunk, by the teacher: see `disagree.acceptance`."""
+    r = rollout
+    return acceptance(*map(torch.as_tensor, (r.student_logp_C, r.teacher_logp_C, r.scorable_C)))
 
-    A fixed answer stands for the teacher's own: the student accepts what it finds as likely.
 
-    Args:
-        by_teacher: by the teacher, whoever wrote the answer.
+def kept_of(rollout: Rollout, mask: str) -> Tensor:
+    """What the mask compares with its random number, or threshold, 0 to 1 for each chunk.
+
+    For `weighted` the agreement of both models; for others the acceptance, by the model that did not
+    write the answer: a fixed one stands for the teacher's own, and the student accepts what it finds as likely.
     """
     r = rollout
-    logps = (r.student_logp_C, r.teacher_logp_C)
-    wrote, reads = logps if r.answer.on_policy or by_teacher else logps[::-1]
+    sides = (r.student_logp_C, r.teacher_logp_C)
+    if mask == "weighted":
+        return agreement(*map(torch.as_tensor, (*sides, r.scorable_C)))
+    wrote, reads = sides if r.answer.on_policy else sides[::-1]
     return acceptance(*map(torch.as_tensor, (wrote, reads, r.scorable_C)))
 
 
 def choose_chunks(
-    rollouts: Sequence[Rollout],
-    kept: Sequence[Tensor],
-    events: Events,
-    config: Config,
-    *,
-    seed: int,
+    rollouts: Sequence[Rollout], events: Events, config: Config, *, seed: int
 ) -> list[Array]:
-    """The chunks to train; for `divergence` and `soft-or` those that `train_pass` picks from.
-
-    Args:
-        kept: the acceptance of each rollout's chunks.
-    """
+    """The chunks to train; for `divergence` and `soft-or` those that `train_pass` picks from."""
     generator = torch.Generator().manual_seed(seed)
     comparable = [r.comparable_C(events, config.max_overhang) for r in rollouts]
     chosen = comparable
     if config.mask in KNOWN_BEFORE:
+        test = partial(choose, where=config.mask, threshold=config.threshold, generator=generator)
         chosen = [
-            choose(a, where=config.mask, threshold=config.threshold, generator=generator).numpy()
-            & can
-            for a, can in zip(kept, comparable, strict=True)
+            test(kept_of(r, config.mask)).numpy() & can
+            for r, can in zip(rollouts, comparable, strict=True)
         ]
     if config.where != "random":
         return chosen
@@ -137,7 +137,8 @@ def chunk_weights(
     if config.where != "weighted":
         return None
     return [
-        weights(acceptance_of(r)).numpy()[mask] for r, mask in zip(rollouts, chosen, strict=True)
+        weights(kept_of(r, config.where)).numpy()[mask]
+        for r, mask in zip(rollouts, chosen, strict=True)
     ]
 
 

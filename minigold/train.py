@@ -263,9 +263,8 @@ def take_step(
     rollouts = collect(pair, answers, student_side, config)
     if number == 1:
         measured.audit(rollouts, pair.events)
-    kept = [acceptance_of(r) for r in rollouts]
     seed = seeds_of(config.seed, number, MASK, 1)[0]
-    chosen = choose_chunks(rollouts, kept, pair.events, config, seed=seed)
+    chosen = choose_chunks(rollouts, pair.events, config, seed=seed)
     clock.append(time.perf_counter())
     optimizer.zero_grad(set_to_none=True)
     result = train_pass(pair, rollouts, chosen, config)
@@ -282,7 +281,7 @@ def take_step(
     else:
         log.warning("step %d: no chunk was chosen; no optimizer step is taken", number)
     clock.append(time.perf_counter())
-    accepted = [acceptance_of(r, by_teacher=True).numpy() for r in rollouts]
+    accepted = [acceptance_of(r).numpy() for r in rollouts]
     trained = result.trained
     numbers = measured.step_metrics(
         rollouts, trained, config, loss=result.loss, work_saved=result.work_saved, clock=clock

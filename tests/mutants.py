@@ -1197,8 +1197,8 @@ MUTANTS = (
     # the mask that should be unbiased prefers what it draws often
     Mutant(
         "minigold/disagree.py",
-        "return 1 / (1 - acceptance_C).clamp(min=LEAST)",
-        "return (1 - acceptance_C).clamp(min=LEAST)",
+        "return 1 / (1 - agreement_C).clamp(min=LEAST)",
+        "return (1 - agreement_C).clamp(min=LEAST)",
         "tests/test_masked.py",
     ),
     # ... or draws what the teacher accepts less often than it says
@@ -1211,8 +1211,15 @@ MUTANTS = (
     # a fixed answer is tested as if the student had written it
     Mutant(
         "minigold/masked.py",
-        "logps if r.answer.on_policy or by_teacher else logps[::-1]",
-        "logps",
+        "wrote, reads = sides if r.answer.on_policy else sides[::-1]",
+        "wrote, reads = sides",
+        "tests/test_masked.py",
+    ),
+    # weighted leaves out what the teacher finds likelier
+    Mutant(
+        "minigold/disagree.py",
+        "return gain_C.abs().neg().exp()",
+        "return gain_C.clamp(max=0).exp()",
         "tests/test_masked.py",
     ),
     # half a character is a place to hide

@@ -355,7 +355,7 @@ def test_random_masks_train_as_many_chunks(name: str, models: Path) -> None:
 def test_two_sided_rejects_either_way(models: Path) -> None:
     (step, *_), _ = steps_of("gold", models)
     for r in step.rollouts:
-        one, two = minigold.train.acceptance_of(r), arms.two_sided(r)
+        one, two = minigold.train.acceptance_of(r), arms.two_sided(r, "sampled")
         other = torch.as_tensor((r.student_logp_C - r.teacher_logp_C).clip(max=0)).exp()
         other = torch.where(torch.as_tensor(r.scorable_C), other, 0.0)
         torch.testing.assert_close(two, torch.minimum(one, other))

@@ -14,7 +14,7 @@ from minigold.config import Config
 from minigold.demo import FOLDER
 from minigold.demo_task import prompts
 from minigold.hf import wrap
-from minigold.masked import acceptance_of, choose_chunks, train_pass
+from minigold.masked import choose_chunks, train_pass
 from minigold.pair import make_pair
 from minigold.rollout import MASK, collect, seeds_of
 from real_models import example
@@ -74,9 +74,8 @@ def test_the_gradient_in_trl_is_that_of_our_own_loop(
     answers = trainer.answers(batch)
     assert all(answer.prompt in prompts() for answer in answers)
     rollouts = collect(pair, answers, [None] * len(answers), gold)
-    kept = [acceptance_of(one) for one in rollouts]
     seed = seeds_of(gold.seed, 0, MASK, 1)[0]
-    chosen = choose_chunks(rollouts, kept, pair.events, gold, seed=seed)
+    chosen = choose_chunks(rollouts, pair.events, gold, seed=seed)
     wanted = train_pass(pair, rollouts, chosen, gold).loss
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
     for name, x in trainer.model.named_parameters():

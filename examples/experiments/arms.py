@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigold import batch, pair, teacher, train
+from minigold import batch, masked, pair, teacher, train
 from minigold.align import Chunks
 from minigold.batch import Array, Rollout
 from minigold.config import Config
 from minigold.events import Events, Vocabulary, match
 from minigold.loss import divergence
-from minigold.masked import Pass
+from minigold.masked import Pass, kept_of
 from minigold.offsets import vocabulary
 from minigold.pair import Pair
 from minigold.sample import completion_states, pad
@@ -200,10 +200,9 @@ def suppress_loss(_pair: Pair) -> AnswerLoss:
 
 
 # ------------------------------------------------------------------- masks of their own
-def two_sided(rollout: Rollout, **_: Any) -> Tensor:
-    """Acceptance that is low as well where the teacher finds a chunk likelier than the student."""
-    gain_C = torch.as_tensor(rollout.teacher_logp_C - rollout.student_logp_C)
-    return torch.where(torch.as_tensor(rollout.scorable_C), (-gain_C.abs()).exp(), 0.0)
+def two_sided(rollout: Rollout, _mask: str) -> Tensor:
+    """The test of `weighted`: low as well where the teacher finds a chunk likelier than the student."""
+    return kept_of(rollout, "weighted")
 
 
 # ------------------------------------------------------------------- parts left out
@@ -245,8 +244,8 @@ def _masks() -> dict[str, Arm]:
             if mask["replay"] == Config.replay:
                 del mask["replay"]
             found[f"random-{name}"] = Arm("random", f"as many chunks as {name}, at random", mask)
-    found["two-sided"] = Arm("masks", "as sampled, by the ratio of both probabilities either way",
-                             {"where": "sampled"}, ((train, "acceptance_of", two_sided),))  # fmt: skip
+    found["two-sided"] = Arm("masks", "the chunks of weighted, each counting the same",
+                             {"where": "sampled"}, ((masked, "kept_of", two_sided),))  # fmt: skip
     return found
 
 

@@ -5,7 +5,7 @@ SmolLM2 is the student's tokenizer, Qwen 3 the teacher's. Each run is a process 
 take turns, and the second run in a process counts. What is timed starts with the logits and the ids
 of both sides and ends with the gradient at the student's logits. For ours that is all of it: spans,
 chunks, log-probabilities of both sides, what longer tokens carry, the mask, events, divergence. TRL
-is given its byte offsets. `gold` is our default, which trains the chunks that `--where sampled`
+is given its byte offsets. `gold` trains the chunks that `--where sampled`
 picks; `gold, all chunks` trains every one, as TRL does. Memory is the resident set's peak less what
 was there before (Linux). Without `--trl` only our side runs. The last line is JSON.
 """
@@ -37,7 +37,7 @@ from minigold.config import Config  # noqa: E402
 from minigold.data import Prompt  # noqa: E402
 from minigold.events import Events, match  # noqa: E402
 from minigold.loss import gold_loss  # noqa: E402
-from minigold.masked import acceptance_of, choose_chunks  # noqa: E402
+from minigold.masked import choose_chunks  # noqa: E402
 from minigold.offsets import encode_continuation, spans_of_ids  # noqa: E402
 from minigold.pair import matched  # noqa: E402
 from minigold.teacher import Reading, read_states  # noqa: E402
@@ -132,8 +132,8 @@ def gold(x: Inputs, events: Events, where: str) -> Tensor:
             "student_measures_S5": own.measures_T5.numpy(),
         }
         rollouts.append(rollout_of(a, critic, **logps, events=events))
-    config, kept = Config(where=where), [acceptance_of(r) for r in rollouts]
-    masks = choose_chunks(rollouts, kept, events, config, seed=0)
+    config = Config(where=where)
+    masks = choose_chunks(rollouts, events, config, seed=0)
     lengths = x.student_logits_BSV.shape[1], x.teacher_logits_BTW.shape[1]
     starts = [[i * n for i in range(len(rollouts))] for n in lengths]
     rows = pack(

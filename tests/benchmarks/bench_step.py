@@ -42,7 +42,7 @@ of `transformers`, scaled dot product attention. The loss is the hybrid one, wit
 where tokenizers differ. Not equal: the losses themselves, as each has its own; TRL's teacher reads
 an end of turn after each answer, one token; TRL leaves out the last token of each answer.
 
-`masked` is the default mask. A random teacher would accept hardly any chunk, so nearly all would be
+`masked` is `--where sampled`. A random teacher would accept hardly any chunk, so nearly all would be
 trained. Instead, each chunk is trained with the probability `--share`; without it, with the share
 that `pair` finds in the same run, or 0.52, which it found before. TRL has no mask: it does the same
 work in both ratios.
@@ -88,7 +88,7 @@ PROMPTS = TESTS.parent / "examples" / "prompts.jsonl"
 PARTS = ("sample", "passes", "pair", "step")
 SIDES = ("all", "masked", "trl")
 STAGES = ("sampling", "teacher", "student forward", "loss", "backward", "optimizer", "rest")
-REAL_SHARE = 0.52  # of chunks that the default mask trains where Gemma teaches SmolLM2
+REAL_SHARE = 0.52  # of chunks that `--where sampled` trains where Gemma teaches SmolLM2
 LR = 1e-15  # all processes sample the same; far less is slow, as updates are subnormal then
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed, at once
 Figures = dict[str, float]
@@ -229,7 +229,7 @@ def prompts_of(student: Any, n: int) -> list[Prompt]:
 
 def minigold_side(work: Path, settings: Settings, steps: int, *, where: str) -> Figures:
     """Also keeps the answers of each step, by the ids of their prompts."""
-    from minigold import masked, train
+    from minigold import masked
     from real_models import real_folder
 
     loaded, teacher = mg.load(real_folder("smollm2")), mg.load(work / "teacher")
@@ -240,7 +240,7 @@ def minigold_side(work: Path, settings: Settings, steps: int, *, where: str) -> 
     meter.wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
     meter.wrap(torch.optim.AdamW, "step", "optimizer")
     if where == "sampled":
-        train.acceptance_of = lambda r: torch.full(
+        masked.kept_of = lambda r, _mask: torch.full(
             (len(r.chunks.s0),), 1 - settings.share, dtype=torch.float64
         )
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from minigold import replay
 from minigold import sample as sampling
-from minigold.masked import acceptance_of, choose_chunks, train_pass
+from minigold.masked import choose_chunks, train_pass
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.sample import sample
@@ -97,8 +97,7 @@ def test_scores_masks_and_gradient_are_those_of_the_cpu(where: str) -> None:
     for device in (DEVICE, torch.device("cpu")):
         pair = pair_on(device)
         rollouts = collect(pair, *sample_answers(pair, FIXED, config, number=1), config)
-        kept = [acceptance_of(r) for r in rollouts]
-        chosen = choose_chunks(rollouts, kept, pair.events, config, seed=3)
+        chosen = choose_chunks(rollouts, pair.events, config, seed=3)
         pair.student.decoder.zero_grad(set_to_none=True)
         if found:  # what is chosen may turn on the last digit
             chosen = found[0][2]
