@@ -7,7 +7,8 @@
 `gold` is the demo. The controls have the same steps and sampled rows: `fine-tuned` (plain
 fine-tuning on the warm-up's answers), `shuffled` (the teacher's events in a random order) and
 `shifted` (chunks beside their neighbour's teacher tokens). The ablation `no-carry` leaves out what
-longer tokens over a boundary say. Prints a table, and JSON as the last line.
+longer tokens over a boundary say; `all` and `weighted` train other chunks. Prints a table, and JSON
+as the last line.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ ARMS = {
     "gold": spoiled(),
     **{
         name: spoiled(demo={"DEMO": dataclasses.replace(DEMO, where=name)})
-        for name in ("all", "sampled")
+        for name in ("all", "weighted")
     },
     "shuffled": spoiled(pair={"match": shuffled}),
     "shifted": spoiled(batch={"align": shifted}),
