@@ -809,7 +809,7 @@ def test_other_mistakes_with_masks_are_refused() -> None:
         largest(torch.tensor([0.0, math.nan]), 0.5)
     with pytest.raises(ValueError, match="at most 2 chunks, the eligible ones, got 3"):
         replayed(3, torch.tensor([True, False, True]))
-    with pytest.raises(ValueError, match="one of all, sampled, reject, got 'worst'"):
+    with pytest.raises(ValueError, match="one of all, weighted, sampled, reject, got 'worst'"):
         choose(torch.ones(1), where="worst")
 
 

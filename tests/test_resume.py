@@ -795,7 +795,7 @@ def test_a_finished_run_gives_back_its_student(work: Path) -> None:
     [
         ({"lr": 0.02}, r"got another --lr \(0.01 then, 0.02 now\); give the old ones, or start a new"),
         ({"steps": 6}, r"--steps \(5 then, 6 now\)"),
-        ({"seed": 4, "where": "all"}, r"--where \(sampled then, all now\), --seed \(3 then, 4 now\)"),
+        ({"seed": 4, "where": "all"}, r"--where \(weighted then, all now\), --seed \(3 then, 4 now\)"),
         ({"student_plain": False}, r"--student-plain \(True then, False now\)"),
     ],
 )  # fmt: skip

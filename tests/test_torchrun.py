@@ -28,7 +28,7 @@ BASE: dict[str, Any] = {
     "steps": 4, "micro_batch": 1, "max_new_tokens": 6, "lr": 1e-3, "warmup": 1, "lmbda": 0.6,
     "weight_decay": 0.1, "clip": 0.05, "student_plain": True, "teacher_plain": True,
 }  # fmt: skip
-FEW = {"student": "gemma", "batch_size": 5, "where": "reject", "threshold": 0.05}
+FEW = {"student": "gemma", "batch_size": 5, "where": "reject", "threshold": 0.002}
 RUNS: dict[str, dict[str, Any]] = {
     "few": {**FEW, "seed": 9, "steps": 5},
     "none": {**FEW, "seed": 5, "steps": 3},

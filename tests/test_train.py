@@ -698,8 +698,11 @@ def test_prompts_that_do_not_fit_are_refused(
         ({"student_temperature": 0.0}, "--student-temperature above 0"),
         ({"teacher_temperature": math.inf}, "--teacher-temperature finite"),
         ({"events": "words"}, "--events one of prefix, strict, byte, chunk, got 'words'"),
-        ({"where": "often"}, "--where one of all, sampled, .*, got 'often'"),
-        ({"where": "random", "replay": "random"}, "--replay one of all, sampled, reject, div"),
+        ({"where": "often"}, "--where one of all, weighted, sampled, .*, got 'often'"),
+        (
+            {"where": "random", "replay": "random"},
+            "--replay one of all, weighted, sampled, reject, div",
+        ),
         ({"threshold": 0.4}, "--threshold with the mask reject only, got 0.4"),
         ({"where": "random", "threshold": 0.4}, "--threshold with the mask reject only"),
         ({"where": "reject", "fraction": 0.1}, "--fraction with the masks divergence and soft-or"),
