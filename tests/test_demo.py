@@ -81,9 +81,9 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
 @pytest.mark.unwatched
 def test_the_student_learns_and_a_control_does_not() -> None:
     """At reduced steps; the whole lengths, and all controls, are `slow`."""
-    steps = 250
-    assert controls.run_arm("gold", steps=steps, seed=0) >= 0.5
-    assert controls.run_arm("shifted", steps=steps, seed=0) <= 0.15
+    steps = 200
+    assert controls.run_arm("gold", steps=steps, seed=0) >= 0.3
+    assert controls.run_arm("shifted", steps=steps, seed=0) <= 0.1
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from minigold.pair import Pair
 from minigold.sample import completion_states
 from real_models import example, real_folder
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]  # minutes of two models on many answers
 
 event_sets = example("experiments/event_sets")
 
