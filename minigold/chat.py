@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from minigold.sandbox import compiled
 
-__all__ = ["Message", "prompt_ids", "render"]
+__all__ = ["Message", "Reader", "prompt_ids", "render"]
 
 Message = dict[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message

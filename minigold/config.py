@@ -112,7 +112,8 @@ class Config:
         self._require(
             "where",
             not (self.picks and self.events == CHUNK),
-            f"other with --events {CHUNK}, which has no distributions to rank by",
+            f"one of {', '.join((*KNOWN_BEFORE, 'random'))} with --events {CHUNK}, "
+            "which has no distributions to rank by",
         )
         self._require_use("replay", self.where == "random", "--where random")
         self._require_use("threshold", self.mask == "reject", "the mask reject")

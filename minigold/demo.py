@@ -22,9 +22,9 @@ from minigold.batch import Rollout
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.demo_task import held_out, prompts
-from minigold.disagree import acceptance
 from minigold.evaluate import exact_matches
 from minigold.load import LanguageModel, load
+from minigold.masked import acceptance_of
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.train import Step, distill
@@ -116,8 +116,7 @@ def accuracy(model: LanguageModel, rows: Sequence[Prompt], *, plain: bool) -> fl
 
 def marked(rollout: Rollout, threshold: float = 0.5) -> str:
     """The answer with brackets around the chunks that the teacher would rather not accept."""
-    rows = (rollout.student_logp_C, rollout.teacher_logp_C, rollout.scorable_C)
-    accepted_C = acceptance(*map(torch.as_tensor, rows))
+    accepted_C = acceptance_of(rollout)
     text = rollout.answer.text.encode()
     parts = []
     for start, end, a in zip(

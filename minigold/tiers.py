@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tokenizers import Tokenizer
 
+from minigold.chat import Reader
 from minigold.config import Config
 from minigold.events import CHUNK, Side
 from minigold.load import LanguageModel, Speaker
@@ -36,29 +36,17 @@ TIERS = {
 }
 
 
-class Teacher(Protocol):
+class Teacher(Reader, Protocol):
     """`LanguageModel` is one that is dense; `Teller` makes one of anything that says less."""
 
     @property
-    def name(self) -> str: ...
-    @property
     def folder(self) -> Path: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def template(self) -> str | None: ...
-    @property
-    def bos_token(self) -> str: ...
-    @property
-    def eos_token(self) -> str: ...
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
     @property
     def end_id(self) -> int: ...
     @property
     def context(self) -> int: ...
-    @property
-    def n_tokens(self) -> int: ...
     @property
     def tier(self) -> str: ...
     @property

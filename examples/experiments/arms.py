@@ -237,6 +237,8 @@ def _masks() -> dict[str, Arm]:
     ]  # fmt: skip
     for name, told, changes in kinds:
         found[name] = Arm("masks", told, changes)
+    found["two-sided"] = Arm("masks", "the chunks of weighted, each counting the same",
+                             {"where": "sampled"}, ((masked, "kept_of", two_sided),))  # fmt: skip
     kinds.insert(0, ("weighted", "", {"where": "weighted"}))
     for name, _, changes in kinds:
         if not name.startswith("soft-or"):  # trains as many as divergence does
@@ -244,8 +246,6 @@ def _masks() -> dict[str, Arm]:
             if mask["replay"] == Config.replay:
                 del mask["replay"]
             found[f"random-{name}"] = Arm("random", f"as many chunks as {name}, at random", mask)
-    found["two-sided"] = Arm("masks", "the chunks of weighted, each counting the same",
-                             {"where": "sampled"}, ((masked, "kept_of", two_sided),))  # fmt: skip
     return found
 
 
