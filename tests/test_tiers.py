@@ -392,7 +392,10 @@ def test_what_a_tier_cannot_serve_is_refused_before_anything_starts(
 
 @pytest.mark.parametrize("where", ["divergence", "soft-or"])
 def test_masks_that_rank_by_distributions_are_refused_with_chunks_alone(where: str) -> None:
-    with pytest.raises(ValueError, match=r"--where one of all, weighted, .* with --events chunk, which has no distr"):
+    with pytest.raises(
+        ValueError,
+        match=r"--where one of all, weighted, .* with --events chunk, which has no distr",
+    ):
         Config(events=CHUNK, where=where)
 
 
