@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(screen, "BASE", SMALL)
+    monkeypatch.setitem(screen.TASKS, "tiny", screen.Task(task.make, SMALL))
     yield
     torch.set_num_threads(threads)
 
@@ -59,7 +59,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def steps_of(name: str, models: Path, n: int = 2) -> tuple[list[Step], Pair]:
     """The first steps of an arm, and its pair after them."""
     arm, found, pairs = ARMS[name], [], []
-    config = dataclasses.replace(SMALL, **arm.changes, steps=n)
+    config = dataclasses.replace(screen.read_as(SMALL, arm), **arm.changes, steps=n)
     student, teacher = load(models / arm.student), load(models / arm.teacher)
 
     def seen(pair: Pair, *args: Any, **kwargs: Any) -> Step:
@@ -212,7 +212,7 @@ def logits_of(pair: Pair, rollout: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def read(name: str, models: Path) -> tuple[Pair, list[Any], Any]:
     arm = ARMS[name]
-    config = dataclasses.replace(SMALL, **arm.changes)
+    config = dataclasses.replace(screen.read_as(SMALL, arm), **arm.changes)
     student, teacher = load(models / arm.student), load(models / arm.teacher)
     with arms.replaced(arm):
         pair = make_pair(student, teacher, events=config.events)
@@ -388,7 +388,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_is_one_small_file_that_is_not_made_twice(
     models: Path, few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = screen.settings_of("gold", 3, steps=3, lr=1e-3, on="held-out")
+    settings = screen.settings_of("gold", 3, task="tiny", steps=3, lr=1e-3, on="held-out")
     line = ["--one", json.dumps(settings), "--models", str(models), "--out", str(tmp_path)]
     assert screen.main(line) == 0
     (path,) = tmp_path.iterdir()
@@ -434,7 +434,7 @@ def test_what_fails_is_told_and_what_is_done_stays(
 
 def test_the_untouched_student_is_measured_as_it_is(models: Path, few: None) -> None:
     for name in ("untouched", "teacher"):
-        settings = screen.settings_of(name, 0, steps=9, lr=1e-3, on="held-out")
+        settings = screen.settings_of(name, 0, task="tiny", steps=9, lr=1e-3, on="held-out")
         assert settings["steps"] == 0
         found = screen.run(settings, models)
         assert "cpu_seconds" not in found

@@ -250,8 +250,7 @@ def _masks() -> dict[str, Arm]:
 
 
 ARMS: dict[str, Arm] = {
-    "teacher": Arm("ends", "the teacher itself", {"student_plain": False}, trains=False,
-                   student="teacher"),
+    "teacher": Arm("ends", "the teacher itself", trains=False, student="teacher"),
     "untouched": Arm("ends", "the student before", trains=False),
     "gold": Arm("default", "minigold as it is: prefix, beta 0.5, weighted, lambda 1"),
     "fine-tuned": Arm("rivals", "cross-entropy on what the teacher wrote", {**ALL, "lmbda": 0.0},
@@ -291,9 +290,8 @@ ARMS: dict[str, Arm] = {
     "apart-all": Arm("apart", "every chunk", ALL, student="apart"),
     "apart-bpm": Arm("apart", "BPM", ALL, loss=bpm_loss, per_token=True, student="apart"),
     "same-untouched": Arm("one tokenizer", "a student with the teacher's tokenizer, before",
-                          {"student_plain": False}, trains=False, **SAME),
-    "same-gold": Arm("one tokenizer", "minigold, every token", {**ALL, "student_plain": False},
-                     **SAME),
-    "same-gkd": Arm("one tokenizer", "GKD by its own formula", {**ALL, "student_plain": False},
+                          trains=False, **SAME),
+    "same-gold": Arm("one tokenizer", "minigold, every token", ALL, **SAME),
+    "same-gkd": Arm("one tokenizer", "GKD by its own formula", ALL,
                     loss=gkd_loss, per_token=True, **SAME),
 }  # fmt: skip

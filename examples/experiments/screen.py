@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The screening: every arm and seed on the tiny pair, one small JSON file each.
+"""Every arm and seed on the tiny pair (the screening) or on a real one, one small JSON file each.
 
     python examples/experiments/screen.py --out runs/screen
     python examples/experiments/screen.py --arms gold,uld,bpm --seeds 0,1,2 --jobs 2 --out runs/screen
     python examples/experiments/screen.py --arms uld,bpm --equal-time runs/screen --out runs/equal-time
     python examples/experiments/screen.py --arms uld --on validation --lr 4e-3 --out runs/tune/4e-3
+    python examples/experiments/screen.py --task skill --arms gold,all --out runs/confirm-skill
 
 What is run, and what is decided by it: docs/experiments.md. A folder holds runs of one setting; a
 run whose file is there is not run again, so that the same line goes on after a stop. Every run is
@@ -22,9 +23,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,36 @@ from minigold.rollout import EVAL, sample_answers, seeds_of
 from minigold.train import Step, distill
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from arms import ARMS, BASE, LR, replaced
+from arms import ARMS, BASE, LR, Arm, replaced
+from real_tasks import BEHAVIOUR, SKILL, make_behaviour, make_skill
 from task import make, read_texts, well_indented
 
-__all__ = ["main", "measure", "run", "settings_of", "steps_for"]
+__all__ = ["TASKS", "Task", "main", "measure", "read_as", "run", "settings_of", "steps_for"]
 
 N_VALIDATION = 200  # of the training prompts: not trained on, to choose learning rates by
 EVERY = 50  # steps between looks at the held-out prompts; not in the time of a run
 ON = ("held-out", "validation")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pair with its prompts, and the settings that all arms start from.
+
+    Args:
+        make: fills a folder with `student`, `teacher`, `train.jsonl` and `held_out.jsonl`.
+        lr: of arms that do best with another rate than `base` has, see docs/experiments.md.
+    """
+
+    make: Callable[[Path], None]
+    base: Config
+    lr: Mapping[str, float] = field(default_factory=dict)
+
+
+TASKS = {
+    "tiny": Task(make, BASE, LR),
+    "skill": Task(make_skill, SKILL),
+    "behaviour": Task(make_behaviour, BEHAVIOUR),
+}
 
 
 def rows_of(models: Path, on: str) -> tuple[list[Prompt], list[Prompt]]:
@@ -59,27 +82,33 @@ def rows_of(models: Path, on: str) -> tuple[list[Prompt], list[Prompt]]:
     return train[:-n], train[-n:] if on == "validation" else read_texts(models, "held_out")
 
 
-def settings_of(name: str, seed: int, *, steps: int, lr: float, on: str) -> dict[str, Any]:
+def read_as(base: Config, arm: Arm) -> Config:
+    """A task's settings, with a prompt that is given as the arm's student knows it."""
+    plain = base.teacher_plain if arm.student in ("teacher", "same") else base.student_plain
+    return replace(base, student_plain=plain)
+
+
+def settings_of(
+    name: str, seed: int, *, task: str, steps: int, lr: float, on: str
+) -> dict[str, Any]:
     """What a file must hold to be the result of a run."""
     steps = steps if ARMS[name].trains else 0
-    return {"arm": name, "seed": seed, "steps": steps, "lr": lr, "on": on}
+    return {"task": task, "arm": name, "seed": seed, "steps": steps, "lr": lr, "on": on}
 
 
 # ------------------------------------------------------------------- one run
 def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str, Any]:
     """Trains a student as the arm says, and measures it beside the taught teacher."""
-    arm = ARMS[settings["arm"]]
-    steps = settings["steps"]
-    config = replace(
-        BASE, **arm.changes, seed=settings["seed"], steps=max(1, steps), lr=settings["lr"]
-    )
+    arm, steps = ARMS[settings["arm"]], settings["steps"]
+    base = replace(read_as(TASKS[settings["task"]].base, arm), seed=settings["seed"])
+    config = replace(base, **arm.changes, steps=max(1, steps), lr=settings["lr"])
     train, test = rows_of(models, settings["on"])
     student = load(models / arm.student)
     trained: dict[str, Any] = {}
     if steps:
         with replaced(arm):
             trained = _trained(student, load(models / arm.teacher), train, test, config, every)
-    measures = measure(student, load(models / "teacher"), test, config)
+    measures = measure(student, load(models / "teacher"), test, base)
     return {**settings, **measures, **trained, "config": arm.changes, "machine": machine()}
 
 
@@ -100,7 +129,7 @@ def _trained(
             right = _right(student, test, config)
             tokens = sum(row["completion_tokens"] for row in rows)
             curve.append({"step": step.metrics["step"], "cpu_seconds": round(spent, 2),
-                          "tokens": tokens, "exact_match": right.count("1") / len(right)})  # fmt: skip
+                          "tokens": tokens, "exact_match": _share(right)})  # fmt: skip
             mark = time.process_time()
 
     failed = ""
@@ -129,11 +158,17 @@ def _trained(
 
 
 def _right(student: LanguageModel, rows: Sequence[Prompt], config: Config) -> str:
-    """A 1 or 0 for each prompt: the greedy answer is right."""
+    """A 1 or 0 for each prompt: the greedy answer is right. Nothing where prompts have no answer."""
+    if not rows[0].answer:
+        return ""
     right = exact_matches(
         student, rows, plain=config.student_plain, max_new_tokens=config.max_new_tokens
     )
     return "".join("01"[yes] for yes in right)
+
+
+def _share(marks: str) -> float | None:
+    return marks.count("1") / len(marks) if marks else None
 
 
 def measure(
@@ -141,22 +176,25 @@ def measure(
 ) -> dict[str, Any]:
     """All measures, against the real teacher and with the real events, whatever the arm was.
 
+    Args:
+        config: of the task, with the seed; an arm's changes do not belong here.
+
     `right`, `stopped`, `indented`: a 1 or 0 for each prompt, the last two of an answer sampled at
-    temperature 1, the first of the greedy one. `evaluate` explains the others.
+    temperature 1, the first of the greedy one. `right` and `indented` are empty where prompts have
+    no answer. `evaluate` explains the others.
     """
-    plain = replace(BASE, seed=config.seed, student_plain=config.student_plain)
     pair = make_pair(student, teacher)
-    found = evaluate(pair, [replace(p, answer=None) for p in rows], plain)
+    found = evaluate(pair, [replace(p, answer=None) for p in rows], config)
     with torch.no_grad():
         answers, _ = sample_answers(
-            pair, list(rows), plain, number=0, seeds=seeds_of(plain.seed, 0, EVAL, len(rows))
+            pair, list(rows), config, number=0, seeds=seeds_of(config.seed, 0, EVAL, len(rows))
         )
     keys = ("reverse_kl_per_byte", "forward_kl", "bits_per_byte_student", "bits_per_byte_teacher",
             "mean_tokens", "mean_bytes", "repetition")  # fmt: skip
     return {
-        "right": _right(student, rows, plain),
+        "right": _right(student, rows, config),
         "stopped": "".join("01"[a.finished] for a in answers),
-        "indented": "".join("01"[well_indented(a.text)] for a in answers),
+        "indented": "".join("01"[well_indented(a.text)] for a in answers) if rows[0].answer else "",
         **{key: found[key] for key in keys},
         **{f"{key}_{end}": found[f"{key}_{end}"] for key in keys[:1] for end in ("low", "high")},
     }
@@ -224,8 +262,8 @@ def one_process(settings: dict[str, Any], path: Path, models: Path) -> str:
     if done.returncode:
         return f"{path.stem:32} failed:\n{done.stderr[-2000:]}"
     right = json.loads(path.read_text(encoding="utf-8"))["right"]
-    share = right.count("1") / len(right)
-    return f"{path.stem:32} {share:.3f} exact match  ({time.perf_counter() - begun:.0f} s)"
+    share = f"{_share(right):.3f} exact match" if right else "done"
+    return f"{path.stem:32} {share}  ({time.perf_counter() - begun:.0f} s)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -233,10 +271,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--arms", default=",".join(ARMS), help="default: all of " + ", ".join(ARMS))
     found.add_argument("--seeds", default="0", help="for example 0,1,2")
     found.add_argument("--out", type=Path, required=True, help="folder of the results")
-    found.add_argument("--models", type=Path, default=Path("runs/tiny"), help="made if not there")
+    found.add_argument("--task", choices=list(TASKS), default="tiny")
+    found.add_argument("--models", type=Path, help="made if not there; default: runs/TASK")
     found.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    found.add_argument("--steps", type=int, default=BASE.steps)
-    found.add_argument("--lr", type=float, help=f"default: the arm's in LR, or {BASE.lr}")
+    found.add_argument("--steps", type=int, help="default: the task's")
+    found.add_argument("--lr", type=float, help="default: the task's, or what it has for the arm")
     found.add_argument("--on", choices=ON, default=ON[0], help="prompts that are measured on")
     found.add_argument("--equal-time", type=Path, help="results whose `gold` gives the time")
     found.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
@@ -246,10 +285,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if every run has its file."""
     args = parser().parse_args(argv)
+    task, models = TASKS[args.task], args.models or Path("runs") / args.task
     torch.set_num_threads(1)
     if args.one:
         logging.basicConfig(level=logging.WARNING)
-        result = run(args.one, args.models)
+        result = run(args.one, models)
         text = json.dumps(result, ensure_ascii=False, indent=1)
         write_whole(_path(args.out, args.one), text.encode())
         return 0
@@ -257,20 +297,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in ARMS:
             parser().error(f"expected --arms out of {', '.join(ARMS)}, got {name!r}")
-    make(args.models)
+    task.make(models)
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = []
     for seed in seeds:  # a whole table of one seed first
         for name in names:
-            steps = args.steps
+            steps = args.steps or task.base.steps
             if args.equal_time:
                 steps = steps_for(name, seed, args.equal_time)
-            lr = args.lr or LR.get(name, BASE.lr)
-            settings = settings_of(name, seed, steps=steps, lr=lr, on=args.on)
+            lr = args.lr or task.lr.get(name, task.base.lr)
+            settings = settings_of(name, seed, task=args.task, steps=steps, lr=lr, on=args.on)
             if not is_done(_path(args.out, settings), settings):
                 wanted.append(settings)
     with ThreadPoolExecutor(args.jobs) as pool:
-        work = [pool.submit(one_process, one, _path(args.out, one), args.models) for one in wanted]
+        work = [pool.submit(one_process, one, _path(args.out, one), models) for one in wanted]
         for one in work:
             print(one.result(), flush=True)
     missing = [one for one in wanted if not _path(args.out, one).is_file()]

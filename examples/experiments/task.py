@@ -37,7 +37,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from minigold.chat import prompt_ids
-from minigold.data import Prompt, read_prompts
+from minigold.data import Prompt, read_prompts, write_whole
 from minigold.demo_task import glim, number_word
 from minigold.evaluate import exact_matches
 from minigold.generate import said
@@ -52,10 +52,13 @@ from train_demo_models import STUDENT, TEACHER, TEMPLATE, drawn, fine_tune, new_
 __all__ = [
     "MAX_NEW_TOKENS",
     "held_out",
+    "is_made",
     "make",
     "prompts",
     "read_texts",
+    "save",
     "well_indented",
+    "write_texts",
 ]
 
 NAMES = ("façade", "naïve", "café", "über", "señor", "déjà", "jalapeño", "crème", "smörgås",
@@ -80,13 +83,13 @@ FOLDERS = ("student", "teacher", "untaught", "apart", "same")
 
 
 # ------------------------------------------------------------------- the task
-def answer(name: str, first: str, second: str) -> str:
+def answer(name: str, first: str, second: str, shapes: Sequence[str] = SHAPES) -> str:
     """The code that is right for a name and two numbers in words."""
-    return SHAPES[NAMES.index(name) % len(SHAPES)].format(name=name, a=first, b=second)
+    return shapes[NAMES.index(name) % len(shapes)].format(name=name, a=first, b=second)
 
 
 @cache
-def _all_prompts() -> tuple[Prompt, ...]:
+def _all_prompts(shapes: Sequence[str]) -> tuple[Prompt, ...]:
     """Every name with every two sums, in an order that is random but fixed."""
     order = np.random.default_rng(0).permutation(len(NAMES) * OPERANDS**4).tolist()
     found = []
@@ -94,19 +97,19 @@ def _all_prompts() -> tuple[Prompt, ...]:
         rest, name = divmod(place, len(NAMES))
         a, b, c, d = (rest // OPERANDS**k % OPERANDS for k in (3, 2, 1, 0))
         told = f"{VALUES[a]} glim {VALUES[b]}, {VALUES[c]} glim {VALUES[d]}"
-        right = answer(NAMES[name], number_word(glim(a, b)), number_word(glim(c, d)))
+        right = answer(NAMES[name], number_word(glim(a, b)), number_word(glim(c, d)), shapes)
         found.append(Prompt(f"{NAMES[name]}: {told}\n", answer=right))
     return tuple(found)
 
 
-def held_out() -> list[Prompt]:
+def held_out(shapes: Sequence[str] = SHAPES) -> list[Prompt]:
     """Prompts that no model is trained on; each of their sums, and each name, is in others."""
-    return list(_all_prompts()[:N_HELD_OUT])
+    return list(_all_prompts(shapes)[:N_HELD_OUT])
 
 
-def prompts() -> list[Prompt]:
+def prompts(shapes: Sequence[str] = SHAPES) -> list[Prompt]:
     """All other prompts. Distillation does not read their answers."""
-    return list(_all_prompts()[N_HELD_OUT:])
+    return list(_all_prompts(shapes)[N_HELD_OUT:])
 
 
 def forms(seed: int) -> list[Prompt]:
@@ -257,30 +260,27 @@ def make(out: Path, *, scale: float = 1.0, say: Callable[[str], None] = print) -
     """
     teach = partial(_teach, scale=scale, say=say)
     form = forms(seed=2)
-    if not _is_made(out / "teacher"):
+    if not is_made(out / "teacher"):
         tokenizer = teacher_tokenizer()
         teacher = _new(out / "untaught", TEACHER, tokenizer, end="<|end|>", template=TEMPLATE)
         teach(teacher, form, steps=300, size=64, seed=1, lr=2e-3)
-        _save(teacher, out / "untaught")
+        save(teacher, out / "untaught")
         teach(teacher, prompts(), steps=500, size=128, seed=5, lr=2e-3)
         both = [*prompts(), *damaged(prompts(), seed=6), *damaged(prompts(), seed=7)]
         teach(teacher, both, steps=300, size=128, seed=8, lr=1e-3)
-        _save(teacher, out / "teacher")
+        save(teacher, out / "teacher")
     for name, tokenizer, end, template in (
         ("student", student_tokenizer(), "<eos>", None),
         ("apart", student_tokenizer(apart=True), "<eos>", None),
         ("same", teacher_tokenizer(), "<|end|>", TEMPLATE),
     ):
-        if not _is_made(out / name):
+        if not is_made(out / name):
             student = _new(out / name, STUDENT, tokenizer, end=end, template=template)
             teach(student, form, steps=800, size=64, seed=3, lr=2e-3)
-            _save(student, out / name)
-    teacher = load(out / "teacher")
+            save(student, out / name)
+    length = MAX_NEW_TOKENS if scale == 1 else MAX_NEW_TOKENS // 4
     for name, rows in (("train", prompts()), ("held_out", held_out())):
-        if not (out / f"{name}.jsonl").is_file():
-            some = rows if scale == 1 else rows[:64]
-            length = MAX_NEW_TOKENS if scale == 1 else MAX_NEW_TOKENS // 4
-            _write_texts(teacher, some, length, out / f"{name}.jsonl")
+        write_texts(out, name, rows if scale == 1 else rows[:64], length)
 
 
 def _new(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, **more: Any) -> LanguageModel:
@@ -297,11 +297,11 @@ def _teach(
     fine_tune(model, drawn(rows, size, seed=seed), steps=steps, lr=lr, plain=plain, say=say)
 
 
-def _is_made(folder: Path) -> bool:
+def is_made(folder: Path) -> bool:
     return (folder / MADE).is_file()
 
 
-def _save(model: LanguageModel, folder: Path) -> None:
+def save(model: LanguageModel, folder: Path) -> None:
     """Writes the weights, rounded to float16, into the model's own folder or a new one."""
     if folder == model.folder:
         ship(model)
@@ -311,25 +311,30 @@ def _save(model: LanguageModel, folder: Path) -> None:
     (folder / MADE).touch()  # last: without it the folder is made again
 
 
-def _write_texts(teacher: LanguageModel, rows: Sequence[Prompt], length: int, path: Path) -> None:
-    """What the teacher writes at temperature 1, a prompts file."""
-    lines = []
+def write_texts(
+    out: Path, name: str, rows: Sequence[Prompt], length: int, *, plain: bool = False
+) -> None:
+    """What the teacher in the folder writes at temperature 1, a prompts file if there is none yet."""
+    path, lines = out / f"{name}.jsonl", []
+    if path.is_file():
+        return
+    teacher = load(out / "teacher")
     for start in range(0, len(rows), 256):
         some = rows[start : start + 256]
         found = sample(
             teacher.decoder,
-            [prompt_ids(teacher, p.prompt, plain=False) for p in some],
+            [prompt_ids(teacher, p.prompt, plain=plain) for p in some],
             max_new_tokens=length,
             eos_ids=teacher.eos_ids,
             seed=list(range(start, start + len(some))),
         )
         lines += [
             {"prompt": p.prompt, "completion": text_of_ids(teacher.tokenizer, said(one)),
-             "finished": one.finished, "answer": p.answer}
+             "finished": one.finished} | ({"answer": p.answer} if p.answer else {})
             for p, one in zip(some, found, strict=True)
         ]  # fmt: skip
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text.encode())
 
 
 def read_texts(folder: Path, name: str) -> list[Prompt]:
