@@ -571,6 +571,34 @@ def test_stops_and_indentation_are_the_teachers() -> None:
     assert verdict(r, "well indented") == "holds"
 
 
+def without_answers(kl: dict[str, float], **more: Any) -> Any:
+    """Results of a task whose prompts have no right answer: reverse KL, give or take a tenth."""
+    changes = {
+        arm: {"right": "", "indented": "", "reverse_kl_per_byte": value,
+              "reverse_kl_per_byte_low": 0.9 * value, "reverse_kl_per_byte_high": 1.1 * value,
+              **more.get(arm, {})}
+        for arm, value in kl.items()
+    }  # fmt: skip
+    return made(dict.fromkeys(kl, 0.0), **changes)
+
+
+def test_without_answers_the_gap_is_that_of_reverse_kl() -> None:
+    more = {"all": {"cpu_seconds": 12.0, "peak_memory_gib": 0.6}}
+    shares = {"teacher": 0.0, "untouched": 1.0, "gold": 0.2, "all": 0.18, "random-weighted": 0.4,
+              "fine-tuned": 0.23}  # fmt: skip
+    r = without_answers(shares, **more)
+    assert r.gap("gold") == pytest.approx(0.8) and r.gap("teacher") == 1
+    assert r.above("gold", "random-weighted") == pytest.approx((0.2, 0.14, 0.26))
+    assert verdict(r, "at least 60%") == "holds"
+    assert verdict(r, "keep 95%") == "holds"
+    assert verdict(r, "more than `fine-tuned`") == "**fails**"  # the intervals touch
+    text = table.part("confirm-behaviour", r)
+    assert "| gold | 3 | – | 0.80 | 0.2000 |" in text and "not run yet" not in text
+    assert "gap recovered 0.800 (0.780 to 0.820)" in text and "indented" not in text[-900:]
+    picture = table.plot(r)
+    assert "gap recovered by arm" in picture and picture.count("<circle") == len(shares)
+
+
 def test_the_table_says_what_was_not_run() -> None:
     text = table.table(made({**ENDS, "gold": 0.8}, gold={"failed": "NaN"}))
     lines = {line.split(" | ")[0]: line for line in text.splitlines()}

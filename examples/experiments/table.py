@@ -91,6 +91,17 @@ class Results:
         known = [run[key] for run in self.runs[arm] if run.get(key) is not None]
         return sum(known) / len(known) if known else None
 
+    @property
+    def marked(self) -> bool:
+        """Prompts have right answers; where they have none, reverse KL stands for exact match."""
+        return any(run["right"] for runs in self.runs.values() for run in runs)
+
+    def kl(self, arm: str) -> tuple[float, float, float]:
+        """Reverse KL per byte and its interval, means over the seeds."""
+        names = ("", "_low", "_high")
+        value, low, high = (self.mean(arm, f"reverse_kl_per_byte{end}") or 0.0 for end in names)
+        return value, low, high
+
     def seeds(self, arm: str) -> int:
         return len({run["seed"] for run in self.runs[arm]})
 
@@ -105,6 +116,9 @@ class Results:
         """Gap recovered, (arm - start) / (teacher - start); of another share if one is given."""
         if not self.of(*self.ends(arm)):
             return None
+        if not self.marked:  # the teacher's is 0
+            start = self.kl(self.ends(arm)[0])[0]
+            return 1 - (self.kl(arm)[0] if share is None else share) / start
         start, top = (self.share(end) for end in self.ends(arm))
         value = self.share(arm) if share is None else share
         return (value - start) / (top - start) if top > start else None
@@ -114,7 +128,14 @@ class Results:
         return np.mean([[int(mark) for mark in run["right"]] for run in self.runs[arm]], axis=0)
 
     def above(self, arm: str, other: str) -> tuple[float, float, float]:
-        """Difference in exact match, and its interval by a bootstrap over prompts."""
+        """Difference in exact match, and its interval by a bootstrap over prompts.
+
+        In reverse KL, where it is how much lower the arm is, the interval is the widest that both
+        arms' own allow.
+        """
+        if not self.marked:
+            (a, a_low, a_high), (b, b_low, b_high) = self.kl(arm), self.kl(other)
+            return b - a, b_low - a_high, b_high - a_low
         gain_P = self.by_prompt(arm) - self.by_prompt(other)
         value, low, high = bootstrap(gain_P, np.ones(len(gain_P)), seed=0)
         if value is None or low is None or high is None:
@@ -128,7 +149,8 @@ def _span(value: float, low: float, high: float) -> str:
 
 
 def _gap(r: Results, arm: str) -> str:
-    low, high = (r.gap(arm, end) or 0.0 for end in wilson(*r.count(arm)))
+    ends = wilson(*r.count(arm)) if r.marked else r.kl(arm)[:0:-1]
+    low, high = (r.gap(arm, end) or 0.0 for end in ends)
     return _span(r.gap(arm) or 0.0, low, high)
 
 
@@ -140,9 +162,10 @@ def _beats(rival: str) -> Callable[[Results], tuple[bool, str]]:
     def rule(r: Results) -> tuple[bool, str]:
         value, low, high = r.above("gold", rival)
         holds = low > 0
-        if rival in FAR:
+        if rival in FAR and r.marked:
             holds = holds and wilson(*r.count("gold"))[0] > wilson(*r.count(rival))[1]
-        return holds, f"exact match higher by {_span(value, low, high)}"
+        what = "exact match higher" if r.marked else "reverse KL lower"
+        return holds, f"{what} by {_span(value, low, high)}"
 
     return rule
 
@@ -155,8 +178,7 @@ def _mask_keeps(r: Results) -> tuple[bool, str]:
     else:
         return False, f"no mask of {', '.join(MASKS)} trained at most {SHARE:.0%}"
     random = f"random-{'weighted' if mask == 'gold' else mask.replace('soft-or', 'divergence')}"
-    start = r.share("untouched")
-    kept = (r.share(mask) - start) / max(r.share("all") - start, 1e-9)
+    kept = (r.gap(mask) or 0.0) / max(r.gap("all") or 0.0, 1e-9)
     _, low, _ = r.above(mask, random) if r.of(random) else (0.0, 0.0, 0.0)
     cheaper = all(
         r.mean(mask, key) < r.mean("all", key) for key in ("cpu_seconds", "peak_memory_gib")
@@ -221,10 +243,15 @@ def rules() -> list[Rule]:
 
 
 def verdicts(r: Results, keys: Sequence[str] = ()) -> list[tuple[str, str, str, str]]:
-    """Key, rule, verdict, figures. `keys`: those that are of interest; none is all of them."""
+    """Key, rule, verdict, figures.
+
+    Args:
+        keys: those that are of interest, where their arms were run; none is all of them.
+    """
     rows = []
     for key, told, needs, decide in rules():
-        if keys and key not in keys:
+        shown = not keys or (key in keys and r.of(*needs))
+        if not shown or (key == "d" and not r.marked):
             continue
         if not r.of(*needs):
             rows.append((key, told, NOT_RUN, ""))
@@ -245,26 +272,39 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def table(r: Results) -> str:
-    """Markdown: one row an arm, in the order of `ARMS`, under its group."""
+def _exact(r: Results, name: str) -> str:
+    if not r.marked:
+        return "–"
+    low, high = wilson(*r.count(name))
+    return f"{r.share(name):.3f} ({low:.3f}–{high:.3f})"
+
+
+def table(r: Results, *, every: bool = True) -> str:
+    """Markdown: one row an arm, in the order of `ARMS`, under its group.
+
+    Args:
+        every: arms that were not run have a row, too.
+    """
     lines = ["| " + " | ".join(HEADS) + " |", "|---|" + "--:|" * (len(HEADS) - 1)]
     group = ""
     for name, arm in ARMS.items():
+        if not (every or r.of(name)):
+            continue
         if arm.group != group:
             group = arm.group
             lines.append(f"| *{group}* |" + " |" * (len(HEADS) - 1))
         if not r.of(name):
             lines.append(f"| {name} | 0 | {NOT_RUN} |" + " |" * (len(HEADS) - 3))
             continue
-        low, high = wilson(*r.count(name))
         failed = any(run.get("failed") for run in r.runs[name])
         cells = [
             name + (" †" if failed else ""), str(r.seeds(name)),
-            f"{r.share(name):.3f} ({low:.3f}–{high:.3f})", _number(r.gap(name), ".2f"),
+            _exact(r, name), _number(r.gap(name), ".2f"),
             _number(r.mean(name, "reverse_kl_per_byte"), ".4f"),
             _number(r.mean(name, "bits_per_byte_student"), ".3f"),
             f"{r.share(name, 'stopped'):.3f}", _number(r.mean(name, "mean_tokens"), ".1f"),
-            _number(r.mean(name, "repetition"), ".3f"), f"{r.share(name, 'indented'):.3f}",
+            _number(r.mean(name, "repetition"), ".3f"),
+            f"{r.share(name, 'indented'):.3f}" if r.marked else "–",
             _number(r.mean(name, "trained_fraction"), ".2f"),
             _number(r.mean(name, "cpu_seconds"), ".0f"),
             _number(r.mean(name, "peak_memory_gib"), ".2f"),
@@ -303,8 +343,19 @@ def machines(r: Results) -> str:
     return f"{n} runs of {few} steps. Made with: {'; '.join(told)}."
 
 
+PLOTTED = {True: "exact match", False: "gap recovered"}
+
+
+def _drawn(r: Results, name: str) -> tuple[float, float, float]:
+    """What `plot` shows of an arm, from 0 to 1."""
+    if r.marked:
+        return r.share(name), *wilson(*r.count(name))
+    value, low, high = (min(1.0, max(0.0, r.gap(name, kl) or 0.0)) for kl in r.kl(name))
+    return value, high, low
+
+
 def plot(r: Results) -> str:
-    """SVG: exact match of each arm with its interval, the teacher and the start as lines."""
+    """SVG: exact match of each arm with its interval; gap recovered where there are no answers."""
     names = [name for name in ARMS if r.of(name)]
     left, width, row = 120, 420, 16
     height = row * len(names) + 34
@@ -319,7 +370,7 @@ def plot(r: Results) -> str:
             f'<text x="{x(mark):.0f}" y="{height - 8}" text-anchor="middle">{mark:g}</text>'
         )
     for i, name in enumerate(names):
-        low, high = wilson(*r.count(name))
+        middle, low, high = _drawn(r, name)
         y, colour = (
             18 + row * i,
             "#b3402a" if ARMS[name].group in ("controls", "random") else "#0b5fa5",
@@ -327,12 +378,14 @@ def plot(r: Results) -> str:
         parts.append(
             f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{name}</text>'
             f'<path stroke="{colour}" d="M{x(low):.1f} {y}H{x(high):.1f}"/>'
-            f'<circle fill="{colour}" cx="{x(r.share(name)):.1f}" cy="{y}" r="3.5"/>'
+            f'<circle fill="{colour}" cx="{x(middle):.1f}" cy="{y}" r="3.5"/>'
         )
     style = '<style>text{font:11px sans-serif;fill:#333}path{stroke-width:1.5}</style><rect width="100%" height="100%" fill="#fff"/>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 24} {height}" '
-        f'role="img" aria-label="exact match by arm">{style}\n' + "\n".join(parts) + "\n</svg>\n"
+        f'role="img" aria-label="{PLOTTED[r.marked]} by arm">{style}\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 
@@ -342,9 +395,11 @@ def part(name: str, r: Results) -> str:
         return f"{NOT_RUN}."
     if name == "tune":
         return f"{machines(r)}\n\n{tuning(r)}"
-    shown = () if name == "screen" else ("a",)
-    picture = f"\n\n![exact match by arm](results/{name}.svg)" if len(r.runs) > 1 else ""
-    return f"{machines(r)}\n\n{table(r)}{picture}\n\n{_rules_table(verdicts(r, shown))}"
+    every = name == "screen"
+    shown = () if every else ("a",) if name == "equal-time" else ("a", "b", "c", "d")
+    picture = f"![{PLOTTED[r.marked]} by arm](results/{name}.svg)"
+    parts = [machines(r), table(r, every=every), picture, _rules_table(verdicts(r, shown))]
+    return "\n\n".join(parts)
 
 
 def page(text: str, parts: Mapping[str, str]) -> str:
