@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import minigold.masked
 import minigold.train
 from minigold.chat import prompt_ids
+from minigold.data import Prompt
 from minigold.load import load
 from minigold.offsets import encode_continuation, vocabulary
 from minigold.pair import Pair, make_pair
@@ -30,7 +31,9 @@ from real_models import example
 
 screen = example("experiments/screen")
 table = example("experiments/table")
-arms, baselines, task = (sys.modules[name] for name in ("arms", "baselines", "task"))
+arms, baselines, real_tasks, task = (
+    sys.modules[name] for name in ("arms", "baselines", "real_tasks", "task")
+)
 
 pytestmark = pytest.mark.unwatched  # tensors of the losses are held to their names elsewhere
 
@@ -464,6 +467,91 @@ def test_an_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         screen.main(["--arms", "golden", "--out", str(tmp_path)])
     assert "expected --arms out of teacher, untouched, gold" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------- real tasks
+DEMO = Path(minigold.masked.__file__).parent / "demo_data"
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's models in place of real ones, which are not trained, and few short texts."""
+    places = {"smollm2": DEMO / "teacher", "gemma": DEMO / "student"}
+    monkeypatch.setattr(real_tasks, "real_folder", places.__getitem__)
+    monkeypatch.setattr(real_tasks, "fine_tune", lambda *_args, **_kwargs: None)
+    for name in ("requests", "skill_rows"):
+        train, held_out = getattr(real_tasks, name)()
+        few = (
+            [Prompt(p.prompt[:30], answer=p.answer) for p in rows[:6]] for rows in (train, held_out)
+        )
+        monkeypatch.setattr(real_tasks, name, lambda found=(*few,): found)
+    for name in ("SKILL", "BEHAVIOUR"):
+        short = dataclasses.replace(getattr(real_tasks, name), max_new_tokens=6, batch_size=4)
+        monkeypatch.setattr(real_tasks, name, short)
+        monkeypatch.setitem(
+            screen.TASKS,
+            name.lower(),
+            screen.Task(getattr(real_tasks, f"make_{name.lower()}"), short),
+        )
+
+
+def test_requests_are_not_held_out_and_trained_on() -> None:
+    train, held_out = ([p.prompt for p in rows] for rows in real_tasks.requests())
+    assert len({*train, *held_out}) == len(train) + len(held_out) == 480
+    for x in real_tasks.ASKED:
+        assert any(x in text for text in train), x
+    for form in real_tasks.REQUESTS:
+        start = form.partition("{x}")[0]
+        assert any(p.startswith(start) for p in train) and any(
+            p.startswith(start) for p in held_out
+        )
+
+
+def test_the_skill_is_the_tiny_one_with_a_table() -> None:
+    train, held_out = real_tasks.skill_rows()
+    assert [p.prompt for p in held_out] == [p.prompt for p in task.held_out()[: len(held_out)]]
+    tables = [p.answer for p in train if p.answer.startswith("|")]
+    assert 0.2 < len(tables) / len(train) < 0.3
+    assert all(task.well_indented(p.answer) and len(p.answer) < 99 for p in train)
+
+
+def test_a_behaviour_is_measured_without_right_answers(
+    stand_ins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["--task", "behaviour", "--arms", "gold,teacher", "--steps", "2", "--out", str(tmp_path)]
+    models, ran = tmp_path / "models", []
+
+    def here(settings: dict[str, Any], path: Path, models: Path) -> str:
+        ran.append(screen.run(settings, models))
+        path.write_text(json.dumps(ran[-1]))
+        return "done"
+
+    monkeypatch.setattr(screen, "one_process", here)
+    assert screen.main([*line, "--models", str(models)]) == 0
+    gold, teacher = ran
+    assert gold["task"] == "behaviour" and gold["steps"] == 2 and gold["lr"] == 5e-5
+    assert gold["right"] == gold["indented"] == "" and len(gold["stopped"]) == 6
+    assert gold["curve"][-1]["exact_match"] is None
+    assert teacher["reverse_kl_per_byte"] == pytest.approx(0, abs=1e-6)
+    assert gold["reverse_kl_per_byte"] > 0.1
+
+
+def test_the_protocol_of_the_skill_is_enforced(
+    stand_ins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"expected a teacher with 0.8 right answers, got 0.0"):
+        real_tasks.make_skill(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(real_tasks, "TAUGHT", 0.0)
+    real_tasks.make_skill(tmp_path)
+    names = {"teacher", "student", "train.jsonl", "held_out.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert all(p.answer and p.completion is not None for p in task.read_texts(tmp_path, "train"))
+    monkeypatch.setattr(real_tasks, "_right", lambda *_args, **_kwargs: 0.2)
+    real_tasks.make_skill(tmp_path)  # all is there
+    (tmp_path / "student" / task.MADE).unlink()
+    with pytest.raises(ValueError, match=r"expected a student with at most 0.1 right, got 0.2"):
+        real_tasks.make_skill(tmp_path)
 
 
 # ------------------------------------------------------------------------- tables

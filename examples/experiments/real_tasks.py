@@ -74,7 +74,7 @@ REQUESTS = (
 
 
 def requests() -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts that are trained on, and the held-out ones; each subject and each form is in both."""
+    """Prompts that are trained on, and the held-out ones, whose subjects and forms are in others."""
     rows = [Prompt(form.format(x=x)) for form, x in product(REQUESTS, ASKED)]
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows)).tolist()]
     return rows[N_HELD_OUT:], rows[:N_HELD_OUT]
