@@ -274,6 +274,7 @@ ARMS: dict[str, Arm] = {
     "longest": Arm("parts", "longest prefixes instead of first pieces",
                    names=((pair, "match", longest_prefixes),)),
     "beta-0": Arm("parts", "KL(teacher||student)", {"beta": 0.0}),
+    "beta-0.1": Arm("parts", "JSD near KL(teacher||student), 0.1", {"beta": 0.1}),
     "beta-1": Arm("parts", "KL(student||teacher)", {"beta": 1.0}),
     "lambda-0.5": Arm("parts", "half of the rows written by the teacher", {"lmbda": 0.5}),
     **_masks(),
