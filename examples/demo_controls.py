@@ -7,8 +7,8 @@
 `gold` is the demo. The controls have the same steps and sampled rows: `fine-tuned` (plain
 fine-tuning on the warm-up's answers), `shuffled` (the teacher's events in a random order) and
 `shifted` (chunks beside their neighbour's teacher tokens). The ablation `no-carry` leaves out what
-longer tokens over a boundary say; `all` and `weighted` train other chunks. Prints a table, and JSON
-as the last line.
+longer tokens over a boundary say; `all` and `weighted` train other chunks, and the arms with `beta-0`
+compare by KL(teacher||student). Prints a table, and JSON as the last line.
 """
 
 from __future__ import annotations
@@ -85,8 +85,13 @@ def no_overhang(_measures_S5: np.ndarray, first_C: np.ndarray, *_others: np.ndar
 ARMS = {
     "gold": spoiled(),
     **{
-        name: spoiled(demo={"DEMO": dataclasses.replace(DEMO, where=name)})
-        for name in ("all", "weighted")
+        name: spoiled(demo={"DEMO": dataclasses.replace(DEMO, **changes)})
+        for name, changes in (
+            ("all", {"where": "all"}),
+            ("weighted", {"where": "weighted"}),
+            ("beta-0", {"beta": 0.0}),
+            ("weighted-beta-0", {"where": "weighted", "beta": 0.0}),
+        )
     },
     "shuffled": spoiled(pair={"match": shuffled}),
     "shifted": spoiled(batch={"align": shifted}),
