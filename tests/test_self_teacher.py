@@ -49,7 +49,7 @@ def test_a_model_is_its_own_teacher_without_loss_or_gradient(family: str) -> Non
     student, teacher = self_pair(family, seed=5)
     prompts = [Prompt(text, teacher_prompt=text) for text in TEXTS]
     (row,) = distill(student, teacher, prompts, CONFIG)
-    assert abs(row["loss"]) < 1e-8
+    assert abs(row["loss"]) < 1e-7  # float32 has 1.2e-7 at 1; processors round differently
     assert row["grad_norm"] < 1e-6
     assert row["trained_fraction"] == 1
 
