@@ -50,7 +50,7 @@ def test_a_model_is_its_own_teacher_without_loss_or_gradient(family: str) -> Non
     prompts = [Prompt(text, teacher_prompt=text) for text in TEXTS]
     (row,) = distill(student, teacher, prompts, CONFIG)
     assert abs(row["loss"]) < 1e-7  # float32 has 1.2e-7 at 1; processors round differently
-    assert row["grad_norm"] < 1e-6
+    assert row["grad_norm"] < 1e-4
     assert row["trained_fraction"] == 1
 
 
