@@ -469,6 +469,27 @@ def test_an_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "expected --arms out of teacher, untouched, gold" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--task", "skill", "--arms", "gold,apart-gold"],
+         "--arms apart-gold needs the model 'apart', which --task skill does not have; leave it out"),
+        (["--task", "behaviour", "--arms", "untaught"], "needs the model 'untaught'"),
+        (["--arms", "gold", "--steps", "0"], "expected --steps at least 1, got 0"),
+        (["--arms", "gold", "--lr", "0"], "expected --lr above 0, got 0.0"),
+        (["--seeds", "0;1"], "--seeds: expected whole numbers such as 0,1,2, got '0;1'"),
+    ],
+)  # fmt: skip
+def test_what_a_run_cannot_do_is_refused_before_models_are_made(
+    line: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    with pytest.raises(SystemExit):
+        screen.main([*line, "--models", str(models), "--out", str(tmp_path / "runs")])
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------- real tasks
 DEMO = Path(minigold.masked.__file__).parent / "demo_data"
 
@@ -539,7 +560,7 @@ def test_a_behaviour_is_measured_without_right_answers(
 def test_the_protocol_of_the_skill_is_enforced(
     stand_ins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"expected a teacher with 0.8 right answers, got 0.0"):
+    with pytest.raises(ValueError, match=r"at least 0.8 of the answers right, got 0.0; train it"):
         real_tasks.make_skill(tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(real_tasks, "TAUGHT", 0.0)
@@ -550,7 +571,7 @@ def test_the_protocol_of_the_skill_is_enforced(
     monkeypatch.setattr(real_tasks, "_right", lambda *_args, **_kwargs: 0.2)
     real_tasks.make_skill(tmp_path)  # all is there
     (tmp_path / "student" / task.MADE).unlink()
-    with pytest.raises(ValueError, match=r"expected a student with at most 0.1 right, got 0.2"):
+    with pytest.raises(ValueError, match=r"at most 0.1 of the answers right, got 0.2; shorten"):
         real_tasks.make_skill(tmp_path)
 
 

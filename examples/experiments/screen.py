@@ -266,10 +266,18 @@ def one_process(settings: dict[str, Any], path: Path, models: Path) -> str:
     return f"{path.stem:32} {share}  ({time.perf_counter() - begun:.0f} s)"
 
 
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        message = f"expected whole numbers such as 0,1,2, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description="Runs arms and seeds of the screening.")
     found.add_argument("--arms", default=",".join(ARMS), help="default: all of " + ", ".join(ARMS))
-    found.add_argument("--seeds", default="0", help="for example 0,1,2")
+    found.add_argument("--seeds", type=_seeds, default="0", help="for example 0,1,2")
     found.add_argument("--out", type=Path, required=True, help="folder of the results")
     found.add_argument("--task", choices=list(TASKS), default="tiny")
     found.add_argument("--models", type=Path, help="made if not there; default: runs/TASK")
@@ -280,6 +288,25 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--equal-time", type=Path, help="results whose `gold` gives the time")
     found.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     return found
+
+
+def _problem(args: argparse.Namespace, names: Sequence[str], steps: int) -> str | None:
+    """What is wrong with the command line, before any model is made."""
+    for name in names:
+        if name not in ARMS:
+            return f"expected --arms out of {', '.join(ARMS)}, got {name!r}"
+        needs = {ARMS[name].student, ARMS[name].teacher} - {"student", "teacher"}
+        if needs and args.task != "tiny":
+            return (
+                f"--arms {name} needs the model {needs.pop()!r}, which --task {args.task} does not "
+                "have; leave it out, or take --task tiny"
+            )
+    base = TASKS[args.task].base
+    try:
+        replace(base, steps=steps, lr=base.lr if args.lr is None else args.lr)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,19 +320,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = json.dumps(result, ensure_ascii=False, indent=1)
         write_whole(_path(args.out, args.one), text.encode())
         return 0
-    names, seeds = args.arms.split(","), [int(seed) for seed in args.seeds.split(",")]
-    for name in names:
-        if name not in ARMS:
-            parser().error(f"expected --arms out of {', '.join(ARMS)}, got {name!r}")
+    names = args.arms.split(",")
+    steps = task.base.steps if args.steps is None else args.steps
+    if problem := _problem(args, names, steps):
+        parser().error(problem)
     task.make(models)
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = []
-    for seed in seeds:  # a whole table of one seed first
+    for seed in args.seeds:  # a whole table of one seed first
         for name in names:
-            steps = args.steps or task.base.steps
             if args.equal_time:
                 steps = steps_for(name, seed, args.equal_time)
-            lr = args.lr or task.lr.get(name, task.base.lr)
+            lr = task.lr.get(name, task.base.lr) if args.lr is None else args.lr
             settings = settings_of(name, seed, task=args.task, steps=steps, lr=lr, on=args.on)
             if not is_done(_path(args.out, settings), settings):
                 wanted.append(settings)

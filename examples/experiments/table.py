@@ -149,7 +149,7 @@ def _span(value: float, low: float, high: float) -> str:
 
 
 def _gap(r: Results, arm: str) -> str:
-    ends = wilson(*r.count(arm)) if r.marked else r.kl(arm)[:0:-1]
+    ends = wilson(*r.count(arm)) if r.marked else (r.kl(arm)[2], r.kl(arm)[1])
     low, high = (r.gap(arm, end) or 0.0 for end in ends)
     return _span(r.gap(arm) or 0.0, low, high)
 
