@@ -481,8 +481,17 @@ def test_an_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     ],
 )  # fmt: skip
 def test_what_a_run_cannot_do_is_refused_before_models_are_made(
-    line: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def too_late(_models: Path) -> None:
+        raise AssertionError("models are made")
+
+    for name, one in screen.TASKS.items():
+        monkeypatch.setitem(screen.TASKS, name, dataclasses.replace(one, make=too_late))
     models = tmp_path / "models"
     with pytest.raises(SystemExit):
         screen.main([*line, "--models", str(models), "--out", str(tmp_path / "runs")])
