@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import minigold as mg
 from minigold.config import option_name
+from minigold.demo import one_thread
 from minigold.train import Step, distill
 from tiny_folders import edit_json, tiny_folder
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
@@ -119,8 +120,9 @@ def two(work: Path) -> tuple[Path, str]:
     return work / "two", launched(work, work / "two", {**RUNS, **REFUSED}, ranks=2)
 
 
+@one_thread()
 def single(work: Path, out: Path, student: str, **settings: Any) -> list[Step]:
-    """The run in one process."""
+    """The run in one process, with one thread as each rank: two add up in another order."""
     teacher, steps = {"gemma": "llama", "llama": "gemma"}[student], list[Step]()
     distill(
         mg.load(work / student), mg.load(work / teacher),
