@@ -96,6 +96,9 @@ class Rollout:
         student_stay_C, teacher_stay_C: float64, nats, ln(1 - overhang) at the chunk's start, as far
             as it is carried over: 0 where the events carry nothing.
         overhang_C: float64, 0 to 1, at the chunk's start: the larger of the two sides.
+        starts_C: bool, both models have read the same bytes before the chunk. Not where the student's
+            token before it only began a character: the teacher has read U+FFFD, and what the
+            student gives the chunk is what broke the character, which is compared already.
         student_measures_S5, teacher_measures_T5: `events.measure` of each token.
     """
 
@@ -109,6 +112,7 @@ class Rollout:
     student_stay_C: Array
     teacher_stay_C: Array
     overhang_C: Array
+    starts_C: Array
     student_measures_S5: Array
     teacher_measures_T5: Array
 
@@ -121,7 +125,7 @@ class Rollout:
 
         With `strict` those of one token each, with `chunk` those whose probability is known.
         """
-        c, found_C = self.chunks, self.overhang_C <= max_overhang
+        c, found_C = self.chunks, self.starts_C & (self.overhang_C <= max_overhang)
         if events.kind == CHUNK:
             return found_C & self.observed_C
         if events.kind == "strict" and not events.identical:
@@ -213,6 +217,7 @@ def rollout_of(
         student_logp_S.astype(np.float64), chunks.s0, chunks.s1, student_stay_C
     )
     teacher_logp_C = _chunk_logps(teacher_logp, chunks.t0, chunks.t1, teacher_stay_C)
+    breaks_C = _breaks_after(answer, events)
     observed_C = (scorable_C | _is_broken(answer)) & _is_observed(answer, chunks, events)
     return Rollout(
         answer,
@@ -221,10 +226,11 @@ def rollout_of(
         np.where(scorable_C, teacher_logp_C, np.nan),
         scorable_C,
         observed_C,
-        np.where(observed_C, chunks.s1 - 1 + _breaks_after(answer, events), chunks.s0),
+        np.where(observed_C, chunks.s1 - 1 + breaks_C, chunks.s0),
         student_stay_C,
         teacher_stay_C,
         overhang_C,
+        np.append(True, breaks_C == 0)[: len(breaks_C)],
         student_measures_S5,
         teacher_measures_T5,
     )
