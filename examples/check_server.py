@@ -30,7 +30,8 @@ from minigold.http_teacher import open_server
 from minigold.load import LanguageModel, load
 from minigold.model import Decoder
 from minigold.offsets import encode_continuation
-from minigold.teacher import Reading, Told
+from minigold.carry import Reading
+from minigold.teacher import Told
 from minigold.tiers import described, limited
 from minigold.weights import save_decoder
 

@@ -45,7 +45,8 @@ from minigold.load import LanguageModel
 from minigold.offsets import encode_continuation
 from minigold.pair import make_pair
 from minigold.sample import sample
-from minigold.teacher import Reading, score
+from minigold.carry import Reading
+from minigold.teacher import score
 from minigold.train import distill
 
 sys.path.insert(0, str(Path(__file__).parent))

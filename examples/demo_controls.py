@@ -6,9 +6,9 @@
 
 `gold` is the demo. The controls have the same steps and sampled rows: `fine-tuned` (plain
 fine-tuning on the warm-up's answers), `shuffled` (the teacher's events in a random order) and
-`shifted` (chunks beside their neighbour's teacher tokens). The ablation `no-carry` leaves out what
-longer tokens over a boundary say; `all` and `weighted` train other chunks, and the arms with `beta-0`
-compare by KL(teacher||student). Prints a table, and JSON as the last line.
+`shifted` (chunks beside their neighbour's teacher tokens). `no-carry` leaves out what longer tokens
+over a boundary say, `no-inside` what they say inside chunks; `all` and `sampled` train other chunks,
+and `beta-0.5` compares by the JSD. Prints a table, and JSON as the last line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import minigold
-from minigold import batch, demo, pair, teacher
+from minigold import batch, carry, demo, pair
 from minigold.align import Chunks, align
 from minigold.demo import DEMO, accuracy, demo_models, one_thread, run_demo
 from minigold.demo_task import held_out, warm_up
@@ -65,7 +65,7 @@ def shifted(student_spans: Any, teacher_spans: Any) -> Chunks:
 
 def spoiled(**changes: dict[str, Any]) -> Callable[[], Any]:
     """A context in which names of modules are replaced."""
-    modules = {"batch": batch, "demo": demo, "pair": pair, "teacher": teacher}
+    modules = {"batch": batch, "carry": carry, "demo": demo, "pair": pair}
 
     @contextmanager
     def context() -> Iterator[None]:
@@ -88,14 +88,14 @@ ARMS = {
         name: spoiled(demo={"DEMO": dataclasses.replace(DEMO, **changes)})
         for name, changes in (
             ("all", {"where": "all"}),
-            ("weighted", {"where": "weighted"}),
-            ("beta-0", {"beta": 0.0}),
-            ("weighted-beta-0", {"where": "weighted", "beta": 0.0}),
+            ("sampled", {"where": "sampled"}),
+            ("beta-0.5", {"beta": 0.5}),
         )
     },
     "shuffled": spoiled(pair={"match": shuffled}),
     "shifted": spoiled(batch={"align": shifted}),
-    "no-carry": spoiled(teacher={"_covers": lambda *_args: []}, batch={"_stays": no_overhang}),
+    "no-inside": spoiled(batch={"_inside": lambda *_args: ()}),
+    "no-carry": spoiled(carry={"_covers": lambda *_args: []}, batch={"_stays": no_overhang}),
 }
 
 

@@ -33,7 +33,8 @@ from minigold.offsets import (
     spans_of_text,
     text_of_ids,
 )
-from minigold.teacher import CARRY_FROM, Carried, Reading, Score
+from minigold.carry import CARRY_FROM, Carried, Inside, Reading
+from minigold.teacher import Score
 
 __all__ = ["Answer", "Rollout", "answer_of", "head_rows", "needed_states", "pack", "rollout_of"]
 
@@ -66,16 +67,20 @@ class Answer:
     spans: list[tuple[int, int]]
     chunks: Chunks
 
-    @property
-    def reading(self) -> Reading:
-        """What the teacher reads."""
-        c = self.chunks
+    def reading(self, events: Events) -> Reading:
+        """What the teacher reads, and where its longer tokens are asked."""
+        c, event_V = self.chunks, events.student.event_V
         flawed = zip(c.t0[c.flaw != EXACT], c.t1[c.flaw != EXACT], strict=True)
         return Reading(
             self.teacher_prompt_ids,
             self.teacher_ids,
             starts=sorted({int(t) for t in c.t0 if t}),
             opaque=frozenset(t for first, stop in flawed for t in range(first, stop)),
+            taken={
+                t: int(event_V[self.ids[s]])
+                for s, t in zip(c.s0.tolist(), c.t0.tolist(), strict=True)
+            },
+            inside=_inside(self, events) if events.carries else (),
         )
 
 
@@ -279,6 +284,21 @@ def _breaks_after(answer: Answer, events: Events) -> Array:
     return found_C
 
 
+def _inside(answer: Answer, events: Events) -> list[Inside]:
+    """The student's boundaries inside chunks, and the one before a token that broke a character."""
+    chunks, student, found = answer.chunks, events.student, []
+    breaks_C = _breaks_after(answer, events)
+    for c in np.flatnonzero((chunks.flaw == EXACT) | (breaks_C > 0)).tolist():
+        first, stop = int(chunks.s0[c]), int(chunks.s1[c] + breaks_C[c])
+        ids = answer.ids[first : stop - 1]
+        taken = [(student.spelling[i], int(student.event_V[i])) for i in ids]
+        if all(text for text, _ in taken):
+            found += [
+                Inside(first + n, int(chunks.t0[c]), taken[:n]) for n in range(1, len(taken) + 1)
+            ]
+    return found
+
+
 def _is_one_event(answer: Answer, chunks: Chunks, events: Events) -> Array:
     """bool [C]: one token on each side, and both stand for the same event by themselves.
 
@@ -307,14 +327,10 @@ def needed_states(rollout: Rollout, chosen_C: Array) -> int:
     return int(rollout.last_C[picked].max()) + 1
 
 
-def _has_before(rollout: Rollout) -> Array:
-    """bool [C], the student's longer tokens over the chunk's start matter."""
-    return np.asarray(-np.expm1(rollout.student_stay_C) > CARRY_FROM)
-
-
 def head_rows(rollout: Rollout) -> Array:
     """int64 [C], how often the student's head runs for each chunk if it is chosen."""
-    return np.asarray(rollout.last_C - rollout.chunks.s0 + 1 + _has_before(rollout))
+    every = range(len(rollout.last_C))
+    return np.array([sum(len(rows) for rows, _ in _comparisons(rollout, c)) for c in every], int)
 
 
 def pack(
@@ -325,34 +341,44 @@ def pack(
     teacher_starts: Sequence[int],
     teacher_end_id: int,
     weights: Sequence[Array] | None = None,
+    starts_only: bool = False,
     device: torch.device | str = "cpu",
 ) -> ChunkRows:
-    """The rows of the chosen chunks, end to end.
+    """The rows of the chosen chunks, end to end; of each those of its start, and then those inside.
+
+    Each comparison counts as a chunk of `ChunkRows`.
 
     Args:
         chosen: a bool mask of chunks per rollout, at least one true in all.
         student_starts, teacher_starts: where each completion's states (state i predicts token i)
             start among those that the loss is given.
         weights: of each rollout's chosen chunks; 1 where there are none.
+        starts_only: one comparison a chunk.
     """
     table: list[tuple[int, int, int, int]] = []  # place, chunk, id, kind of each student row
     carry: list[tuple[int, Carried]] = []
     teacher: list[tuple[int, int]] = []  # place, id
     logps: list[float] = []
     observed: list[bool] = []
+    counts: list[int] = []
     for rollout, mask, s_start, t_start in zip(
         rollouts, chosen, student_starts, teacher_starts, strict=True
     ):
+        ids = rollout.answer.ids
         for c in np.flatnonzero(mask).tolist():
-            t = int(rollout.chunks.t0[c])
-            for s, kind in _student_rows(rollout, c):
-                table.append((s_start + s, len(observed), rollout.answer.ids[s], kind))
-            if t in rollout.score.carried:
-                carry.append((len(observed), rollout.score.carried[t]))
-            teacher.append((t_start + t, [*rollout.answer.teacher_ids, teacher_end_id][t]))
-            logps.append(rollout.teacher_logp_C[c] if rollout.scorable_C[c] else -math.inf)
-            observed.append(bool(rollout.observed_C[c]))
+            t, found = int(rollout.chunks.t0[c]), _comparisons(rollout, c)
+            found = found[:1] if starts_only else found
+            for n, (rows, carried) in enumerate(found):
+                here = len(observed)
+                table += [(s_start + s, here, ids[s], kind) for s, kind in rows]
+                carry += [] if carried is None else [(here, carried)]
+                place = t_start + t if n == 0 else -1
+                teacher.append((place, [*rollout.answer.teacher_ids, teacher_end_id][t]))
+                logps.append(rollout.teacher_logp_C[c] if rollout.scorable_C[c] else -math.inf)
+                observed.append(n == 0 and bool(rollout.observed_C[c]))
+            counts.append(len(found))
     place_C, id_C = torch.tensor(teacher, device=device).T.contiguous()
+    weight_C = None if weights is None else np.repeat(np.concatenate(weights), counts)
     return ChunkRows(
         Rows(*torch.tensor(table, device=device).T.contiguous()),
         place_C,
@@ -360,19 +386,28 @@ def pack(
         torch.tensor(logps, device=device, dtype=torch.float32),
         _joined(carry, torch.device(device)),
         torch.tensor(observed, device=device),
-        None if weights is None else torch.tensor(np.concatenate(weights), device=device).float(),
+        None if weight_C is None else torch.tensor(weight_C, device=device).float(),
     )
 
 
-def _student_rows(rollout: Rollout, c: int) -> list[tuple[int, int]]:
-    """Of a chunk: the places of its rows among the completion's tokens, and their kinds."""
-    chunks, rows = rollout.chunks, []
-    first = int(chunks.s0[c])
-    if _has_before(rollout)[c]:
-        rows.append((first - 1, INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE))
-    rows.append((first, FIRST))
-    rows.extend((place, REST) for place in range(first + 1, int(rollout.last_C[c]) + 1))
-    return rows
+StudentRows = list[tuple[int, int]]  # places among the completion's tokens, and their kinds
+
+
+def _comparisons(rollout: Rollout, c: int) -> list[tuple[StudentRows, Carried | None]]:
+    """Of a chunk: the one at its start, and those at the student's boundaries inside it.
+
+    Inside there is one where nearly all that the teacher says there is known; its longer tokens are
+    then the whole of its law. The student's are left out: what it says after the token it took is
+    held to the teacher's law, and not what it says together with a longer token that it did not take.
+    """
+    chunks, score = rollout.chunks, rollout.score
+    first, stop = int(chunks.s0[c]), int(rollout.last_C[c]) + 1
+    rows = [(first, FIRST), *((place, REST) for place in range(first + 1, stop))]
+    if -np.expm1(rollout.student_stay_C[c]) > CARRY_FROM:  # its longer tokens over the start matter
+        rows.insert(0, (first - 1, INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE))
+    start = rows, score.carried.get(int(chunks.t0[c]))
+    inside = [s for s in range(first + 1, stop) if s in score.inside]
+    return [start, *(([(s, FIRST)], score.inside[s]) for s in inside)]
 
 
 def _joined(carry: Sequence[tuple[int, Carried]], device: torch.device) -> Carry:

@@ -248,7 +248,8 @@ def shared_mass(
     """
     from minigold.events import Measures
     from minigold.pair import make_pair
-    from minigold.teacher import Reading, score
+    from minigold.carry import Reading
+    from minigold.teacher import score
 
     events = make_pair(student, teacher).events
     found: list[float | None] = []

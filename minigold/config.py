@@ -40,7 +40,7 @@ class Config:
     top_p: float = _opt(1.0, "nucleus of sampling; 1 is off")
     top_k: int = _opt(0, "most likely tokens to sample from; 0 is off")
     events: str = _opt("prefix", "what is compared: " + ", ".join((*EVENTS, CHUNK)))
-    beta: float = _opt(0.5, "0 is KL(teacher||student), 1 is KL(student||teacher), between: JSD")
+    beta: float = _opt(0.0, "0 is KL(teacher||student), 1 is KL(student||teacher), between: JSD")
     student_temperature: float = _opt(1.0, "of the student's distributions that are compared")
     teacher_temperature: float = _opt(1.0, "of the teacher's")
     max_overhang: float = _opt(1.0, "chunk starts with more are not compared (0 to 1)")

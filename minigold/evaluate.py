@@ -32,7 +32,8 @@ from minigold.offsets import EXACT, encode_continuation, text_of_ids
 from minigold.pair import Pair
 from minigold.rollout import EVAL, collect, precision, sample_answers, seeds_of
 from minigold.sample import sample
-from minigold.teacher import Reading, score
+from minigold.carry import Reading
+from minigold.teacher import score
 from minigold.tiers import Teacher
 
 __all__ = [
@@ -244,6 +245,7 @@ def forward_kl(pair: Pair, rollouts: Sequence[Rollout], config: Config) -> list[
             teacher_starts=starts_of(theirs),
             teacher_end_id=pair.teacher.end_id,
             device=student.decoder.device,
+            starts_only=True,
         )
         loss_C, _ = look(
             torch.cat(ours),

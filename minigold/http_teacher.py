@@ -22,7 +22,8 @@ import torch
 
 from minigold.data import own_file, read_object
 from minigold.load import Speaker, load_speaker, resolve
-from minigold.teacher import Reading, Told
+from minigold.carry import Reading
+from minigold.teacher import Told
 from minigold.tiers import Teller
 from minigold.wire import ServerError, Wire, wire_to
 

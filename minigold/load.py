@@ -26,7 +26,8 @@ from minigold.data import own_file, read_object, short
 from minigold.events import Side
 from minigold.lora import SETTINGS, load_adapter, read_settings
 from minigold.model import Decoder
-from minigold.teacher import Reading, Score, score
+from minigold.carry import Reading
+from minigold.teacher import Score, score
 from minigold.weights import load_decoder, read_config
 
 if TYPE_CHECKING:

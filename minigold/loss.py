@@ -139,7 +139,8 @@ class ChunkRows:
 
     Args:
         student: N rows.
-        teacher_place_C: int64, where its prediction stands among the teacher's states (or logits).
+        teacher_place_C: int64, where its prediction stands among the teacher's states (or logits);
+            -1 where it has none, and all that it says is carried.
         teacher_id_C: int64, the first teacher token of each chunk.
         teacher_logp_C: nats, the teacher's log-probability that the text goes on with the chunk.
         teacher_carry: what is mixed into the teacher's predictions.
@@ -398,7 +399,13 @@ def _one_or_else(logp_C: Tensor) -> Tensor:
 
 
 def _projected(states_TD: Tensor, head: Head | None, place_C: Tensor, side: Side) -> Tensor:
-    if head is None and bool(place_C.max() - place_C.min() < 1.5 * len(place_C)):
+    if bool((place_C < 0).any()):
+        has_C = place_C >= 0
+        known_BX = _projected(states_TD, head, place_C[has_C], side)
+        law_CX = known_BX.new_full((len(has_C), known_BX.shape[1]), FLOOR)
+        law_CX[has_C] = known_BX
+        return law_CX
+    if head is None and len(place_C) and bool(place_C.max() - place_C.min() < 1.5 * len(place_C)):
         low = int(place_C.min())  # logits that stand together are not copied
         near_NX = side.project(_wide(states_TD[low : int(place_C.max()) + 1]).softmax(-1), FLOOR)
         return near_NX[place_C - low]

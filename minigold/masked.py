@@ -199,7 +199,9 @@ def train_pass(
             states = torch.cat(student), what_was_said(said, pair.events)
             settings: dict[str, Any] = {**heads, "events": pair.events, "beta": config.beta}
             if config.picks:
-                values = look(*states, rows=pack(rows, masks, **places), **settings)
+                values = look(
+                    *states, rows=pack(rows, masks, **places, starts_only=True), **settings
+                )
                 masks = pick(*values, masks, config)
             packed = pack(rows, masks, weights=chunk_weights(rows, masks, config), **places)
             loss = gold_loss(*states, rows=packed, **settings, weight=weight).total

@@ -186,8 +186,18 @@ def _matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
     spelled = set(ours.token_bytes), set(theirs.token_bytes)
 
     def pieces(tokenizer: Tokenizer, own: set[bytes], other: set[bytes]) -> dict[bytes, bytes]:
-        found = first_pieces(tokenizer, other - own)
-        return {text: first for text, first in found.items() if first in own}  # else it ends a turn
+        """Of the other's tokens, and of what is left of them after a first piece, and so on."""
+        found: dict[bytes, bytes] = {}
+        asked, wanted = set(own) | {b""}, other - own
+        while wanted:
+            firsts = first_pieces(tokenizer, wanted)
+            new = {
+                text: first for text, first in firsts.items() if first in own
+            }  # else it ends a turn
+            asked |= wanted
+            found |= new
+            wanted = {text[len(first) :] for text, first in new.items()} - asked
+        return found
 
     return (
         replace(ours, first_pieces=pieces(student[0], *spelled)),
@@ -198,7 +208,8 @@ def _matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
 def _key(student: Side, teacher: Side) -> str:
     """Of all that the result depends on, the code that reads tokenizers included."""
     found = hashlib.sha256(tokenizers.__version__.encode())
-    found.update(Path(offsets.__file__).read_bytes())
+    for file in (offsets.__file__, __file__):
+        found.update(Path(file).read_bytes())
     for tokenizer, end_ids, size in (student, teacher):
         found.update(json.dumps([list(end_ids), size]).encode())
         found.update(hashlib.sha256(tokenizer.to_str().encode()).digest())
@@ -226,30 +237,38 @@ def _read(path: Path, key: str) -> Arrays:
 
 def _save(path: Path, key: str, both: tuple[Vocabulary, Vocabulary]) -> None:
     arrays: Arrays = {}
-    for name, one, other in (("student", *both), ("teacher", *both[::-1])):
+    for name, one in zip(("student", "teacher"), both, strict=True):
         own_id = {text: i for i, text in enumerate(one.token_bytes)}
-        other_id = {text: i for i, text in enumerate(other.token_bytes)}
-        pieces = [[other_id[text], own_id[first]] for text, first in one.first_pieces.items()]
+        texts, firsts = (
+            zip(*one.first_pieces.items(), strict=True) if one.first_pieces else ((), ())
+        )
         arrays |= {
-            f"{name}.bytes": np.frombuffer(b"".join(one.token_bytes), dtype=np.uint8),
-            f"{name}.ends": np.cumsum([len(text) for text in one.token_bytes], dtype=np.int64),
+            **_joined(f"{name}.tokens", one.token_bytes),
+            **_joined(f"{name}.texts", texts),
+            f"{name}.firsts": np.array([own_id[first] for first in firsts], dtype=np.int64),
             f"{name}.roles": np.array([ROLES.index(role) for role in one.roles], dtype=np.uint8),
-            f"{name}.pieces": np.array(pieces, dtype=np.int64).reshape(-1, 2),
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(arrays, metadata={"sha256": _digest(key, arrays)}))
 
 
+def _joined(name: str, texts: Sequence[bytes]) -> Arrays:
+    return {
+        f"{name}.bytes": np.frombuffer(b"".join(texts), dtype=np.uint8),
+        f"{name}.ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
+    }
+
+
+def _split(name: str, arrays: Arrays) -> tuple[bytes, ...]:
+    joined, ends = arrays[f"{name}.bytes"].tobytes(), arrays[f"{name}.ends"].tolist()
+    return tuple(joined[i:j] for i, j in zip([0, *ends], ends, strict=False))
+
+
 def _restored(arrays: Arrays) -> tuple[Vocabulary, Vocabulary]:
-    spelled, roles = [], []
-    for name in ("student", "teacher"):
-        joined, ends = arrays[f"{name}.bytes"].tobytes(), arrays[f"{name}.ends"].tolist()
-        starts = [0, *ends[:-1]]
-        spelled.append(tuple(joined[i:j] for i, j in zip(starts, ends, strict=True)))
-        roles.append(tuple(ROLES[role] for role in arrays[f"{name}.roles"].tolist()))
-    student, teacher = spelled
-    ours, theirs = arrays["student.pieces"].tolist(), arrays["teacher.pieces"].tolist()
-    return (
-        Vocabulary(student, roles[0], {teacher[text]: student[first] for text, first in ours}),
-        Vocabulary(teacher, roles[1], {student[text]: teacher[first] for text, first in theirs}),
-    )
+    def one(name: str) -> Vocabulary:
+        spelled, texts = _split(f"{name}.tokens", arrays), _split(f"{name}.texts", arrays)
+        firsts = [spelled[i] for i in arrays[f"{name}.firsts"].tolist()]
+        roles = tuple(ROLES[role] for role in arrays[f"{name}.roles"].tolist())
+        return Vocabulary(spelled, roles, dict(zip(texts, firsts, strict=True)))
+
+    return one("student"), one("teacher")

@@ -25,7 +25,8 @@ from minigold.load import LanguageModel
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair
 from minigold.sample import logp_of, sample
-from minigold.teacher import Reading, score
+from minigold.carry import Reading
+from minigold.teacher import score
 from minigold.tiers import Teacher
 
 __all__ = ["collect", "precision", "sample_answers", "seeds_of"]
@@ -126,7 +127,7 @@ def collect(
     events, student = pair.events, pair.student
     _warn_of_length(pair.teacher, answers)
     scores = pair.teacher.read(
-        [a.reading for a in answers],
+        [a.reading(events) for a in answers],
         side=events.teacher,
         micro_batch=config.micro_batch,
         temperature=config.teacher_temperature,

@@ -36,7 +36,8 @@ from minigold.load import load_speaker, resolve
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair
 from minigold.rollout import sample_answers
-from minigold.teacher import Reading, Told
+from minigold.carry import Reading
+from minigold.teacher import Told
 from minigold.tiers import Teller
 
 __all__ = ["KeptTeacher", "check_kept", "open_scores", "score_file"]
@@ -288,6 +289,6 @@ def check_kept(
             )
         (answer,), _ = sample_answers(pair, [prompt], once, number=0)
         try:
-            pair.teacher.tell([answer.reading], micro_batch=1)
+            pair.teacher.tell([answer.reading(pair.events)], micro_batch=1)
         except ValueError as error:
             raise ValueError(f"prompt of line {prompt.line}: {error}") from error

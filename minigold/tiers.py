@@ -25,7 +25,8 @@ from minigold.config import Config
 from minigold.events import CHUNK, Side
 from minigold.load import LanguageModel, Speaker
 from minigold.sample import completion_states, pad
-from minigold.teacher import Reading, Score, Told, score_of
+from minigold.carry import Reading
+from minigold.teacher import Score, Told, score_of
 
 __all__ = ["TIERS", "Limited", "Teacher", "Teller", "check_tier", "described", "limited"]
 

@@ -26,7 +26,8 @@ from minigold.hf import HFDecoder, wrap
 from minigold.load import LanguageModel
 from minigold.pair import make_pair
 from minigold.sample import CausalLM, pad, sample
-from minigold.teacher import Reading, score
+from minigold.carry import Reading
+from minigold.teacher import score
 from minigold.train import adamw, distill, take_step
 from reference import sample_slowly
 from tiny_folders import CHATML, tiny_folder

@@ -227,7 +227,7 @@ def spoil_roles(path: Path) -> None:
 
 def spoil_ends(path: Path) -> None:
     arrays = dict(load_file(path))
-    arrays["teacher.pieces"] = arrays["teacher.pieces"] + 10**6
+    arrays["teacher.firsts"] = arrays["teacher.firsts"] + 10**6
     save_file(arrays, path)
 
 

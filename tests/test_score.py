@@ -22,7 +22,7 @@ from minigold.events import CHUNK
 from minigold.http_teacher import open_server
 from minigold.load import LanguageModel, load
 from minigold.score import KeptTeacher, open_scores, score_file
-from minigold.teacher import Reading
+from minigold.carry import Reading
 from minigold.tiers import limited
 from minigold.train import distill
 from teacher_server import serving

@@ -16,7 +16,8 @@ from minigold.events import Events, match
 from minigold.model import Head
 from minigold.offsets import Vocabulary
 from minigold.pair import make_pair
-from minigold.teacher import Reading, Score, score
+from minigold.carry import Reading
+from minigold.teacher import Score, score
 from reference_losses import SlowSide
 from test_events import words
 from tiny_models import tiny_model
@@ -188,7 +189,7 @@ def test_a_teacher_in_process_is_asked_for_other_paths() -> None:
     rows: list[int] = []
     hook = model.decoder.register_forward_hook(lambda _m, args, _out: rows.append(len(args[0])))
     ids = model.tokenizer.encode("the quick brown fox", add_special_tokens=False).ids
-    with patch("minigold.teacher.BRANCH_FROM", 0.0):
+    with patch("minigold.carry.BRANCH_FROM", 0.0):
         model.read([Reading([1], ids, [len(ids)])], side=side, micro_batch=4, temperature=1.0)
     hook.remove()
     assert rows[0] == 1 and sum(rows) > 1
@@ -293,7 +294,7 @@ def test_other_paths_equal_the_slow_version(
     starts = [k for k in range(1, 6) if torch.rand(1, generator=g) < 0.5]
     after = torch.randn(len(theirs) + 2, len(theirs) + 2, generator=g).double().softmax(-1)
     prob = [after[PROMPT[-1]], *(after[i] for i in ids)]
-    with patch("minigold.teacher.BRANCH_FROM", 0.0):
+    with patch("minigold.carry.BRANCH_FROM", 0.0):
         (result,) = score(
             LastTokenModel(after), [Reading(PROMPT, ids, starts)], end_ids=[len(theirs) + 1],
             side=events.teacher, other_paths=True, block=block,

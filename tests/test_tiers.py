@@ -25,7 +25,8 @@ from minigold.offsets import BROKEN, Vocabulary
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.sample import completion_states
-from minigold.teacher import Listed, Reading, Told, score_of
+from minigold.carry import Reading
+from minigold.teacher import Listed, Told, score_of
 from minigold.tiers import check_tier, described, limited
 from minigold.train import distill
 from test_train import CONFIG, PROMPTS, all_chosen, cross_pair, gradient_of
@@ -318,7 +319,10 @@ def test_chunks_alone_need_no_more_than_the_tokens(kind: str) -> None:
         if kind == "cross":  # it has two ends; lists of tokens may lack one
             rollouts = [r for r in rollouts if not r.answer.finished]
         masks = comparable(rollouts, pair)
-        assert all((mask == r.observed_C).all() for mask, r in zip(masks, rollouts, strict=True))
+        assert all(
+            (mask == (r.observed_C & r.starts_C)).all()
+            for mask, r in zip(masks, rollouts, strict=True)
+        )
         for (
             r
         ) in rollouts:  # broken bytes have a probability as well, none, if they were not cut off

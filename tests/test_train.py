@@ -18,12 +18,23 @@ from minigold.batch import Rollout, answer_of, needed_states, pack
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.load import LanguageModel
-from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows, chunk_losses
+from minigold.loss import (
+    BEFORE,
+    FIRST,
+    INSIDE,
+    REST,
+    Carry,
+    ChunkRows,
+    Rows,
+    chunk_losses,
+    divergence,
+)
 from minigold.masked import train_pass
 from minigold.offsets import BROKEN, CUT, SPECIAL, encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
-from minigold.teacher import Reading, score
+from minigold.carry import Carried, Reading
+from minigold.teacher import score
 from minigold.train import adamw, batches_of, distill, learning_rate, take_step
 from reference_losses import gkd
 from tiny_models import FAMILIES, new_decoder, tiny_model
@@ -363,10 +374,24 @@ def dense_gradient(pair: Pair, rollouts: list[Rollout], chosen: list[Any], beta:
                 beta=beta,
             )
             total = total + loss_C.sum()
+            for s in range(int(c.s0[k]) + 1, int(r.last_C[k]) + 1):
+                if s in r.score.inside:
+                    logits_1V = decoder.head.logits(hidden_SD[at + s][None])
+                    total = total + loss_inside(pair, logits_1V, r.score.inside[s], beta)
     total.backward()
     parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in decoder.parameters()]
     decoder.zero_grad(set_to_none=True)
     return torch.cat([part.flatten() for part in parts])
+
+
+def loss_inside(pair: Pair, logits_1V: Tensor, told: Carried, beta: float) -> Tensor:
+    """At a boundary of the student's alone: its law after its own token, and what the teacher carries."""
+    n_events = pair.events.n_events
+    *inside, _observed, other = pair.events.student.project(logits_1V.softmax(-1))[0]
+    student_1X = torch.stack(inside)[None] / (1 - other)
+    teacher_X = torch.zeros(n_events + 1).index_add(0, told.event_K, told.mass_K.float())
+    teacher_1X = teacher_X[None, :n_events] / teacher_X[:n_events].sum()
+    return divergence(student_1X, teacher_1X, beta=beta).sum() - torch.log1p(-other)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -542,7 +567,7 @@ def test_masks_count_only_what_is_compared() -> None:
     optimizer = torch.optim.SGD(pair.student.decoder.parameters(), lr=0.0)
     config = dataclasses.replace(CONFIG, max_overhang=0.05)
     step = take_step(pair, optimizer, PROMPTS, config, number=1)
-    over = sum(int((r.overhang_C > 0.05).sum()) for r in step.rollouts)
+    over = sum(int((~r.starts_C | (r.overhang_C > 0.05)).sum()) for r in step.rollouts)
     chunks = step.metrics["chunks"]
     assert over > 0
     assert step.metrics["trained_fraction"] == pytest.approx(1 - over / chunks)
@@ -722,7 +747,9 @@ def test_metrics_are_numbers_of_json() -> None:
         assert value is None or isinstance(value, (int, float, dict)), key
     m = step.metrics
     assert m["eos_rate"] + m["clipped_rate"] == 1
-    assert m["disagreement_share"] == pytest.approx(1)
-    assert m["work_saved"] == pytest.approx(0)
+    apart = [np.nan_to_num(np.abs(r.teacher_logp_C - r.student_logp_C)) for r in step.rollouts]
+    trained = sum(float(x[r.starts_C].sum()) for x, r in zip(apart, step.rollouts, strict=True))
+    assert m["disagreement_share"] == pytest.approx(trained / sum(float(x.sum()) for x in apart))
+    assert m["work_saved"] == pytest.approx(0, abs=0.1)
     parts = m["seconds_sample"] + m["seconds_teacher"] + m["seconds_train"]
     assert m["seconds"] == pytest.approx(parts)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigold import batch, masked, pair, teacher, train
+from minigold import batch, carry, masked, pair, train
 from minigold.align import Chunks
 from minigold.batch import Array, Rollout
 from minigold.config import Config
@@ -252,7 +252,7 @@ def _masks() -> dict[str, Arm]:
 ARMS: dict[str, Arm] = {
     "teacher": Arm("ends", "the teacher itself", trains=False, student="teacher"),
     "untouched": Arm("ends", "the student before", trains=False),
-    "gold": Arm("default", "minigold as it is: prefix, beta 0.5, weighted, lambda 1"),
+    "gold": Arm("default", "minigold as it is: prefix, beta 0, weighted, lambda 1"),
     "fine-tuned": Arm("rivals", "cross-entropy on what the teacher wrote", {**ALL, "lmbda": 0.0},
                       loss=label_loss, per_token=True),
     "off-policy": Arm("rivals", "lambda 0: our loss on what the teacher wrote", {"lmbda": 0.0}),
@@ -267,14 +267,16 @@ ARMS: dict[str, Arm] = {
     "strict-paper": Arm("rivals", "strict as in 2610.08448: every one-to-one token, reverse KL",
                         {"events": "strict", "beta": 1.0, **ALL}),
     "byte": Arm("rivals", "events byte, the rest as gold", {"events": "byte"}),
-    "no-observed": Arm("parts", "without the observed chunk",
+    "no-observed": Arm("parts", "chunk starts alone: without the observed chunk, and nothing inside",
                        names=((batch, "_is_one_event", every_chunk),)),
     "no-carry": Arm("parts", "without what longer tokens carry over a boundary",
-                    names=((teacher, "_covers", lambda *_: []), (batch, "_stays", no_overhang))),
+                    names=((carry, "_covers", lambda *_: []), (batch, "_stays", no_overhang))),
     "longest": Arm("parts", "longest prefixes instead of first pieces",
                    names=((pair, "match", longest_prefixes),)),
-    "beta-0": Arm("parts", "KL(teacher||student)", {"beta": 0.0}),
+    "no-inside": Arm("parts", "nothing compared inside chunks",
+                     names=((batch, "_inside", lambda *_: ()),)),
     "beta-0.1": Arm("parts", "JSD near KL(teacher||student), 0.1", {"beta": 0.1}),
+    "beta-0.5": Arm("parts", "JSD", {"beta": 0.5}),
     "beta-1": Arm("parts", "KL(student||teacher)", {"beta": 1.0}),
     "lambda-0.5": Arm("parts", "half of the rows written by the teacher", {"lmbda": 0.5}),
     **_masks(),

@@ -38,7 +38,7 @@ from minigold.loss import MOST, divergence
 from minigold.pair import Pair, matched
 from minigold.rollout import collect, sample_answers
 from minigold.sample import completion_states
-from minigold.teacher import CARRY_FROM
+from minigold.carry import CARRY_FROM
 
 __all__ = ["PROMPTS", "apart", "event_sets", "figures", "first_pieces", "read", "table"]
 

@@ -40,7 +40,8 @@ from minigold.loss import gold_loss  # noqa: E402
 from minigold.masked import choose_chunks  # noqa: E402
 from minigold.offsets import encode_continuation, spans_of_ids  # noqa: E402
 from minigold.pair import matched  # noqa: E402
-from minigold.teacher import Reading, read_states  # noqa: E402
+from minigold.carry import Reading  # noqa: E402
+from minigold.teacher import read_states  # noqa: E402
 from real_models import real_folder  # noqa: E402
 from real_tokenizers import real_tokenizer  # noqa: E402
 

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A completion and its predictions in, what the tokens not taken say of the text after a boundary out.
+
+A boundary is information: it says that no longer token was taken there. Where the teacher would have
+written `hello` and the text has `hel`, `hello` still says `lo`. This is looked up for the start of each
+chunk, where the teacher has a boundary and a prediction of its own, and for the student's boundaries
+inside chunks, where it has none and its longer tokens say all that it thinks.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minigold.events import Side
+
+__all__ = ["CARRY_FROM", "Carried", "Inside", "Longer", "Reading"]
+
+CARRY_FROM = 1e-3  # an overhang under this is left out
+BRANCH_FROM = 0.05  # other tokens under this are not followed
+INSIDE_FROM = 0.05  # text that the teacher found less likely than this is not looked into
+MOSTLY = 0.9  # of what the teacher says inside a chunk has to be known
+
+
+class Inside(NamedTuple):
+    """A boundary of the student's inside a chunk, where the teacher has none.
+
+    Args:
+        at: the student token that follows.
+        start: the teacher token at the chunk's start.
+        taken: the student's tokens from the chunk's start to here: the bytes and the event of each.
+    """
+
+    at: int
+    start: int
+    taken: Sequence[tuple[bytes, int]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model reads: its prompt and a completion.
+
+    Args:
+        starts: the token before which each chunk starts, 0 left out.
+        opaque: tokens of unscorable chunks; nothing is carried over them or out of them, since
+            their own spellings are not the text.
+        taken: at chunk starts, the event that the student took there: it tells longer tokens apart.
+            Where there is none, that of the completion's own token.
+        inside: boundaries inside chunks, of the student's alone.
+    """
+
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    starts: Sequence[int] = ()
+    opaque: Collection[int] = ()
+    taken: Mapping[int, int] = field(default_factory=dict)
+    inside: Sequence[Inside] = ()
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What longer tokens, over a boundary, say of the text that follows. On the CPU.
+
+    Args:
+        event_K: int64, the event of what such a token adds.
+        mass_K: float64, its share of all that is known of the text there; their sum is the
+            overhang, and the rest is the prediction after the token that was taken.
+        stay: nats, ln(1 - overhang).
+    """
+
+    event_K: Tensor
+    mass_K: Tensor
+    stay: float
+
+
+class Longer:
+    """The tokens that reach over boundaries, and their probabilities, noted block by block.
+
+    Args:
+        other_paths: notes as well the other tokens that a chunk begins with, see `branches`.
+    """
+
+    def __init__(self, reading: Reading, side: Side, *, other_paths: bool = False) -> None:
+        self.reading, self.side = reading, side
+        self.covers = _covers(reading, side) if side.carries else []
+        self.begins = _begins(reading, side) if side.carries and other_paths else []
+        self.masses: list[Tensor] = []
+        self.begun: list[Tensor] = []
+        self.followed: list[tuple[int, tuple[Tensor, Tensor]]] = []
+        self.n_done = 0
+
+    def add(self, prob_NV: Tensor) -> None:
+        """The predictions in the place of the next tokens."""
+        for wanted, found in ((self.covers, self.masses), (self.begins, self.begun)):
+            stop = bisect_left(wanted, self.n_done + len(prob_NV), key=attrgetter("at"))
+            found.extend(_masses(prob_NV, self.n_done, wanted[len(found) : stop]))
+        self.n_done += len(prob_NV)
+
+    def branches(self, logp: Sequence[float]) -> list[_Branch]:
+        """Other tokens that much speaks for: as such, and beside those of the completion."""
+        found = []
+        for one, mass_K in zip(self.begins, self.begun, strict=True):
+            path = math.exp(min(-sum(logp[one.at : one.end]), 600.0))
+            before = math.exp(sum(logp[one.start : one.at]))
+            for i, mass in zip(one.ids.tolist(), mass_K.tolist(), strict=True):
+                left = one.text[len(self.side.spelling[i]) :]
+                if left and before * mass > BRANCH_FROM and mass * path > BRANCH_FROM:
+                    row = [*self.reading.prompt_ids, *self.reading.ids[: one.at], i]
+                    found.append(_Branch(row, one.end, left, mass * path))
+        return found
+
+    def follow(self, branches: Sequence[_Branch], prob_BV: Tensor) -> None:
+        """Of the branches: the predictions after them. Their tokens over the end are covers, too."""
+        for one, prob_V in zip(branches, prob_BV, strict=True):
+            ids, rests = self.side.longer(one.left, None)
+            weighed = one.mass * prob_V[ids].double().cpu()
+            self.followed.append((one.end, (rests.cpu(), weighed)))
+
+    def carried(self, logp: Sequence[float]) -> tuple[dict[int, Carried], dict[int, Carried]]:
+        """By chunk start (token), and by `Inside.at`: the longer tokens from every token before.
+
+        Inside a chunk they have to be nearly all that is known of the text, and then are the law.
+
+        Source: 2410.09303, the next bytes from the tokens that cover them. Differs: tokens that were
+        another event at a boundary on the way are left out, as the comparison there has told them
+        apart already; events take the place of bytes.
+        """
+        starts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        inside: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for cover, mass_K in zip(self.covers, self.masses, strict=True):
+            # beside the path over the tokens between, or at its end
+            path = sum(logp[cover.start : cover.at]) - sum(logp[cover.at : cover.start])
+            part = cover.rests.cpu(), mass_K * math.exp(min(path, 600.0))
+            if cover.inside is not None:
+                inside.setdefault((cover.inside, cover.start), []).append(part)
+            elif float(part[1].sum()) > 0.1 * CARRY_FROM:
+                starts.setdefault(cover.start, []).append(part)
+        for start, part in self.followed:
+            starts.setdefault(start, []).append(part)
+        beside = {start: _beside(*_summed(parts)) for start, parts in starts.items()}
+        beside = {start: one for start, one in beside.items() if len(one.event_K)}
+        laws = {}
+        for (at, start), parts in inside.items():
+            known = math.exp(-beside[start].stay) if start in beside else 1.0
+            if law := _alone(*_summed(parts), INSIDE_FROM * known):
+                laws[at] = law
+        return beside, laws
+
+
+class _Branch(NamedTuple):
+    """A token other than the completion's after all before it: `Longer.branches`.
+
+    Its chunk ends before token `end`, `left` is what is missing of its text, `mass` its probability
+    beside that of the path that was taken, 1.
+    """
+
+    row: list[int]
+    end: int
+    left: bytes
+    mass: float
+
+
+class _Begin(NamedTuple):
+    """Tokens that `text` begins with, other than the one at `at`; `text` ends the chunk.
+
+    The chunk is that of the tokens from `start` to `end`.
+    """
+
+    start: int
+    at: int
+    end: int
+    text: bytes
+    ids: Tensor
+
+
+def _begins(reading: Reading, side: Side) -> list[_Begin]:
+    """All of them, by `at`.
+
+    A tokenizer cuts a text by what follows: if a student writes eight spaces and a word where the
+    teacher would have written seven and then ` if`, its eight spaces are a token that the teacher
+    gives nothing, although it wanted these very bytes. What it wanted there shows on the other path.
+    """
+    found = []
+    for start, end in pairwise([0, *reading.starts]):
+        spelled = [side.spelling[i] for i in reading.ids[start:end]]
+        if not all(spelled) or any(t in reading.opaque for t in range(start, end)):
+            continue
+        for at in range(start, end):
+            text, taken = b"".join(spelled[at - start :]), spelled[at - start]
+            event = _taken(reading, side, at) if at == start else None
+            others = [i for i in _shorter(side, text, event) if side.spelling[i] != taken]
+            if others:
+                found.append(_Begin(start, at, end, text, side.sorted_U.new_tensor(others)))
+    return found
+
+
+class _Cover(NamedTuple):
+    """Tokens that begin at token `at` and reach over a boundary, and the events of their rests.
+
+    The boundary is the start of the chunk at token `start`, or stands inside it before the student's
+    token `inside`. There tokens that end at the boundary or before are among them, with a rest of -1:
+    what they say of the text after it is not known.
+    """
+
+    start: int
+    inside: int | None
+    at: int
+    ids: Tensor
+    rests: Tensor
+
+
+def _covers(reading: Reading, side: Side) -> list[_Cover]:
+    """All of them, by `at`."""
+    found = [
+        _Cover(start, None, *one)
+        for start in reading.starts
+        for one in _before(reading, side, start, b"", [])
+    ]
+    for at, start, taken in reading.inside:
+        text = b"".join(spelled for spelled, _ in taken)
+        told, size = [], len(text)
+        for spelled, event in taken:
+            told.append((size, event))
+            size -= len(spelled)
+        for before_or_behind in (_before, _behind):
+            found += [
+                _Cover(start, at, *one)
+                for one in before_or_behind(reading, side, start, text, told)
+            ]
+    return sorted(found, key=attrgetter("at"))
+
+
+Told = Sequence[tuple[int, int]]  # boundaries on the way: bytes from there, and the event taken
+
+
+def _before(
+    reading: Reading, side: Side, start: int, text: bytes, told: Told
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Tokens that begin before `start` and reach over the `text` there."""
+    shared, told = {0, *reading.starts}, list(told)
+    for at in range(start - 1, -1, -1):
+        spelled = side.spelling[reading.ids[at]]
+        text = spelled + text
+        if at in reading.opaque or not spelled or len(text) >= side.longest:
+            break
+        event = _taken(reading, side, at) if at in shared else None
+        ids, rests = _told_apart(side, text, event, told)
+        if len(ids):
+            yield at, ids, rests
+        if event is not None:
+            told.append((len(text), event))
+
+
+def _behind(
+    reading: Reading, side: Side, start: int, text: bytes, told: Told
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Tokens that begin at `start`, or behind it, and reach over the `text` there, or end in it."""
+    for at in range(start, len(reading.ids)):
+        taken = side.spelling[reading.ids[at]]
+        goes_on = bool(taken) and text.startswith(taken)
+        event = told[0][1] if at == start else None
+        apart = [one for one in told if one[0] < len(text)]
+        ids, rests = _told_apart(side, text, event, apart)
+        ends = [
+            i for i in _shorter(side, text, event) if not (goes_on and side.spelling[i] == taken)
+        ]
+        unknown = rests.new_full((len(ends),), -1)
+        yield at, torch.cat([ids, ids.new_tensor(ends)]), torch.cat([rests, unknown])
+        if not goes_on or len(taken) == len(text):
+            break
+        text = text[len(taken) :]
+
+
+def _taken(reading: Reading, side: Side, at: int) -> int:
+    """The event that was taken at a chunk's start."""
+    own = side.event_of(side.spelling[reading.ids[at]])
+    return reading.taken.get(at, own)
+
+
+def _shorter(side: Side, text: bytes, event: int | None) -> list[int]:
+    """Tokens that the text begins with, itself among them; with an `event` those of this event."""
+    return [i for i in side.begins(text) if event in (None, side.event_of(side.spelling[i]))]
+
+
+def _told_apart(side: Side, text: bytes, event: int | None, told: Told) -> tuple[Tensor, Tensor]:
+    """The longer tokens that took the same event as the text at every boundary so far."""
+    ids, rests = side.longer(text, event)
+    if not (told and len(ids)):
+        return ids, rests
+    same = [
+        all(side.event_of(side.spelling[i][len(text) - n :]) == one for n, one in told)
+        for i in ids.tolist()
+    ]
+    return ids[same], rests[same]
+
+
+def _masses(prob_NV: Tensor, start: int, wanted: Sequence[_Cover | _Begin]) -> list[Tensor]:
+    """Probability of each of the tokens, from rows that start at token `start`."""
+    if not wanted:
+        return []
+    sizes = [len(one.ids) for one in wanted]
+    row_K = torch.tensor([one.at - start for one in wanted])
+    row_J = row_K.repeat_interleave(torch.tensor(sizes)).to(prob_NV.device)
+    mass_J = prob_NV[row_J, torch.cat([one.ids for one in wanted])]
+    return list(mass_J.cpu().double().split(sizes))
+
+
+def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Events, and the mass of each."""
+    events, place = torch.cat([event for event, _ in parts]).unique(return_inverse=True)
+    mass = torch.cat([mass for _, mass in parts])
+    return events, mass.new_zeros(len(events)).index_add(0, place, mass)
+
+
+def _beside(events: Tensor, mass: Tensor) -> Carried:
+    """Masses beside 1, the prediction after the taken token, as shares of the sum."""
+    mass = mass * (mass > 0.01 * CARRY_FROM * (1 + mass.sum()))
+    if mass.sum() <= CARRY_FROM:
+        mass = mass * 0
+    kept = mass > 0
+    known = 1 + mass.sum()
+    return Carried(events[kept], mass[kept] / known, -math.log(known))
+
+
+def _alone(events: Tensor, mass: Tensor, least: float) -> Carried | None:
+    """Masses as shares of the known ones, if these are nearly all; -1 is not known."""
+    is_known = events >= 0
+    known = mass[is_known].sum()
+    if known <= least or known < MOSTLY * mass.sum():
+        return None
+    kept = is_known & (mass > 0.01 * CARRY_FROM * known)
+    return Carried(events[kept], mass[kept] / mass[kept].sum(), -math.inf)
