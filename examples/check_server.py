@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import minigold
+from minigold.carry import Reading
 from minigold.chat import prompt_ids
 from minigold.demo_task import held_out
 from minigold.families import model_config
@@ -30,7 +31,6 @@ from minigold.http_teacher import open_server
 from minigold.load import LanguageModel, load
 from minigold.model import Decoder
 from minigold.offsets import encode_continuation
-from minigold.carry import Reading
 from minigold.teacher import Told
 from minigold.tiers import described, limited
 from minigold.weights import save_decoder

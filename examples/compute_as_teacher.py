@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 import minigold
+from minigold.carry import Reading
 from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt
@@ -45,7 +46,6 @@ from minigold.load import LanguageModel
 from minigold.offsets import encode_continuation
 from minigold.pair import make_pair
 from minigold.sample import sample
-from minigold.carry import Reading
 from minigold.teacher import score
 from minigold.train import distill
 

@@ -11,6 +11,7 @@ Read the files in the order of the data; each imports only from files above it:
     replay      a step of decoding -> the same as a CUDA graph
     model       token ids -> hidden states, and the head that makes logits of them
     sample      prompts -> answers with log-probabilities
+    carry       predictions -> what longer tokens say of the text after a boundary
     teacher     answers -> what the teacher thinks of them
     disagree    chunk log-probabilities of both sides -> which chunks to train
     loss        hidden states or logits at those chunks -> the loss
@@ -70,7 +71,7 @@ __all__ = ["Config", "distill", "load"]
 __version__ = "0.1.0"
 
 MODULES = (  # in reading order
-    "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "teacher", "disagree", "loss",
+    "offsets", "align", "events", "cache", "packed", "replay", "model", "sample", "carry", "teacher", "disagree", "loss",
     "config", "config_file", "data", "sandbox", "chat", "rope", "families", "weights", "lora", "load", "hf",
     "tiers", "wire", "http_teacher", "pair", "batch", "rollout", "score", "masked", "metrics", "generate", "evaluate", "watch",
     "checkpoint", "train", "cost", "dry_run", "compare", "picture", "markup", "page", "history", "chart", "report",

@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from minigold.align import Chunks, align
+from minigold.carry import CARRY_FROM, Carried, Inside, Reading
 from minigold.data import Prompt
 from minigold.events import CHUNK, Events
 from minigold.loss import BEFORE, FIRST, INSIDE, REST, Carry, ChunkRows, Rows
@@ -33,7 +34,6 @@ from minigold.offsets import (
     spans_of_text,
     text_of_ids,
 )
-from minigold.carry import CARRY_FROM, Carried, Inside, Reading
 from minigold.teacher import Score
 
 __all__ = ["Answer", "Rollout", "answer_of", "head_rows", "needed_states", "pack", "rollout_of"]

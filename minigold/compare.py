@@ -246,9 +246,9 @@ def shared_mass(
     Raises:
         ValueError: no token in common, or a text that a model has no room or no rows for.
     """
+    from minigold.carry import Reading
     from minigold.events import Measures
     from minigold.pair import make_pair
-    from minigold.carry import Reading
     from minigold.teacher import score
 
     events = make_pair(student, teacher).events

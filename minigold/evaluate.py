@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from minigold.batch import Array, Rollout, pack
+from minigold.carry import Reading
 from minigold.chat import prompt_ids
 from minigold.config import BEST_BY, Config
 from minigold.data import Message, Prompt
@@ -32,7 +33,6 @@ from minigold.offsets import EXACT, encode_continuation, text_of_ids
 from minigold.pair import Pair
 from minigold.rollout import EVAL, collect, precision, sample_answers, seeds_of
 from minigold.sample import sample
-from minigold.carry import Reading
 from minigold.teacher import score
 from minigold.tiers import Teacher
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from minigold.carry import Reading
 from minigold.data import own_file, read_object
 from minigold.load import Speaker, load_speaker, resolve
-from minigold.carry import Reading
 from minigold.teacher import Told
 from minigold.tiers import Teller
 from minigold.wire import ServerError, Wire, wire_to

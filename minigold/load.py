@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from tokenizers import Tokenizer
 
+from minigold.carry import Reading
 from minigold.chat import render
 from minigold.data import own_file, read_object, short
 from minigold.events import Side
 from minigold.lora import SETTINGS, load_adapter, read_settings
 from minigold.model import Decoder
-from minigold.carry import Reading
 from minigold.teacher import Score, score
 from minigold.weights import load_decoder, read_config
 

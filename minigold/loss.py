@@ -393,18 +393,15 @@ def _chunk_law(logits_NV: Tensor, rows: ChunkRows) -> Tensor:
 
 def _one_or_else(logp_C: Tensor) -> Tensor:
     """A chunk's probability, that of all else, and 0, [C, 3]."""
-    return torch.stack(
-        [logp_C.exp() + FLOOR, -logp_C.expm1() + FLOOR, torch.zeros_like(logp_C)], dim=1
-    )
+    parts = logp_C.exp() + FLOOR, -logp_C.expm1() + FLOOR, torch.zeros_like(logp_C)
+    return torch.stack(parts, dim=1)
 
 
 def _projected(states_TD: Tensor, head: Head | None, place_C: Tensor, side: Side) -> Tensor:
     if bool((place_C < 0).any()):
-        has_C = place_C >= 0
-        known_BX = _projected(states_TD, head, place_C[has_C], side)
-        law_CX = known_BX.new_full((len(has_C), known_BX.shape[1]), FLOOR)
-        law_CX[has_C] = known_BX
-        return law_CX
+        known_BX = _projected(states_TD, head, place_C[place_C >= 0], side)
+        law_CX = known_BX.new_full((len(place_C), known_BX.shape[1]), FLOOR)
+        return law_CX.index_put_((place_C >= 0,), known_BX)
     if head is None and len(place_C) and bool(place_C.max() - place_C.min() < 1.5 * len(place_C)):
         low = int(place_C.min())  # logits that stand together are not copied
         near_NX = side.project(_wide(states_TD[low : int(place_C.max()) + 1]).softmax(-1), FLOOR)
@@ -584,12 +581,11 @@ def gold_loss(
         laws = _laws(student_NV, teacher_TK, teacher_head, one, events)
         return _compare(*laws, events, beta)
 
-    places = [one.student.place_N for one in blocks]
+    places, weights = [one.student.place_N for one in blocks], [one.weight_C for one in blocks]
     affine = (None, None) if student_head is None else (student_head.weight_VD, student_head.bias_V)
     graded = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (student_SD, *affine)
     )
-    weights = [one.weight_C for one in blocks]
     total, loss_C = _Blockwise.apply(
         student_SD, *affine, losses_of, places, weights, weight, graded
     )

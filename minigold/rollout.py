@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minigold.batch import Answer, Array, Rollout, answer_of, rollout_of
+from minigold.carry import Reading
 from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt
@@ -25,7 +26,6 @@ from minigold.load import LanguageModel
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair
 from minigold.sample import logp_of, sample
-from minigold.carry import Reading
 from minigold.teacher import score
 from minigold.tiers import Teacher
 

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from minigold.batch import Array
+from minigold.carry import Reading
 from minigold.chat import prompt_ids
 from minigold.config import Config
 from minigold.data import Prompt, short, write_whole
@@ -36,7 +37,6 @@ from minigold.load import load_speaker, resolve
 from minigold.offsets import encode_continuation
 from minigold.pair import Pair
 from minigold.rollout import sample_answers
-from minigold.carry import Reading
 from minigold.teacher import Told
 from minigold.tiers import Teller
 

@@ -247,9 +247,9 @@ def score_of(
     for start in range(0, n, block):
         rows = slice(start, min(start + block, n))
         prob_NV = torch.zeros(rows.stop - start, n_ids).scatter_add_(1, id_MK[rows], own_MK[rows])
-        read = (x.to(device) for x in (prob_NV, logp_T[rows], ids_T[rows]))
-        measures.append(_measured(*read, side))
-        longer.add(prob_NV.to(device))
+        prob_NV = prob_NV.to(device)
+        measures.append(_measured(prob_NV, logp_T[rows].to(device), ids_T[rows].to(device), side))
+        longer.add(prob_NV)
     measures_T5 = torch.cat(measures)
     measures_T5[:, 3] = (measures_T5[:, 3] - tail_M[:n]).clamp(min=0)  # it is not known where
     ends_J = told.logp_MK[n][torch.isin(told.id_MK[n], torch.tensor(end_ids))]

@@ -20,12 +20,12 @@ from typing import Any, Protocol
 
 import torch
 
+from minigold.carry import Reading
 from minigold.chat import Reader
 from minigold.config import Config
 from minigold.events import CHUNK, Side
 from minigold.load import LanguageModel, Speaker
 from minigold.sample import completion_states, pad
-from minigold.carry import Reading
 from minigold.teacher import Score, Told, score_of
 
 __all__ = ["TIERS", "Limited", "Teacher", "Teller", "check_tier", "described", "limited"]

@@ -87,8 +87,8 @@ MUTANTS = (
     # kept first pieces are those of the other side
     Mutant(
         "minigold/pair.py",
-        "{teacher[text]: student[first] for text, first in ours}",
-        "{student[text]: student[first] for text, first in ours}",
+        "firsts = [spelled[i] for i in",
+        "firsts = [spelled[i - 1] for i in",
         "tests/test_pair.py",
     ),
     # a kept file of a type that numpy does not have ends a run
@@ -421,10 +421,69 @@ MUTANTS = (
     ),
     # the longer tokens of an improbable path weigh too little
     Mutant(
-        "minigold/teacher.py",
-        "log_path = sum(logp[cover.at : cover.start])",
-        "log_path = sum(logp[cover.start - 1 : cover.start])",
+        "minigold/carry.py",
+        "- sum(logp[cover.at : cover.start])",
+        "- sum(logp[cover.start - 1 : cover.start])",
         "tests/test_teacher.py",
+    ),
+    # ... and those inside a chunk as much as its start
+    Mutant(
+        "minigold/carry.py",
+        "path = sum(logp[cover.start : cover.at]) -",
+        "path = -",
+        "tests/test_carry.py",
+    ),
+    # a little of what the teacher says inside a chunk is taken for all
+    Mutant(
+        "minigold/carry.py",
+        "or known < MOSTLY * mass.sum()",
+        "or known < 0",
+        "tests/test_carry.py",
+    ),
+    # ... of any text
+    Mutant("minigold/carry.py", "INSIDE_FROM * known)", "0.0)", "tests/test_carry.py"),
+    # ... and what it leaves open is not counted
+    Mutant(
+        "minigold/carry.py",
+        "torch.cat([ids, ids.new_tensor(ends)]), torch.cat([rests, unknown])",
+        "ids, rests",
+        "tests/test_carry.py",
+    ),
+    # tokens that another comparison has told apart speak inside a chunk
+    Mutant(
+        "minigold/carry.py",
+        "apart = [one for one in told if one[0] < len(text)]",
+        "apart = []",
+        "tests/test_carry.py",
+    ),
+    # ... or are told apart where the chunk does not start
+    Mutant("minigold/carry.py", "size -= len(spelled)", "size -= 0", "tests/test_carry.py"),
+    # the teacher's token tells apart what the student's did not
+    Mutant("minigold/carry.py", "return reading.taken.get(at, own)", "return own", "tests/test_carry.py"),
+    # nothing is compared inside chunks
+    Mutant("minigold/batch.py", "if s in score.inside]", "if s in ()]", "tests/test_carry.py"),
+    # ... or it counts as another chunk does
+    Mutant(
+        "minigold/batch.py",
+        "np.repeat(np.concatenate(weights), counts)",
+        "np.resize(np.concatenate(weights), sum(counts))",
+        "tests/test_carry.py",
+    ),
+    # ... or the teacher's prediction at the chunk's start counts there
+    Mutant("minigold/batch.py", "if n == 0 else -1", "if n >= 0 else -1", "tests/test_carry.py"),
+    # the token that broke a character is compared with what follows U+FFFD
+    Mutant(
+        "minigold/batch.py",
+        "np.append(True, breaks_C == 0)[: len(breaks_C)]",
+        "np.ones(len(breaks_C), dtype=bool)",
+        "tests/test_carry.py",
+    ),
+    # what is left of a token goes to its longest prefix
+    Mutant(
+        "minigold/pair.py",
+        "wanted = {text[len(first) :] for text, first in new.items()} - asked",
+        "wanted = set()",
+        "tests/test_carry.py",
     ),
     # one of several stops counts
     Mutant(
@@ -948,15 +1007,15 @@ MUTANTS = (
     ),
     # another path is as likely as the one that was taken
     Mutant(
-        "minigold/teacher.py",
+        "minigold/carry.py",
         "found.append(_Branch(row, one.end, left, mass * path))",
         "found.append(_Branch(row, one.end, left, mass))",
         "tests/test_teacher.py",
     ),
     # a token that was told apart where the chunk starts is another path, too
     Mutant(
-        "minigold/teacher.py",
-        "event = side.event_of(taken) if at == start else None",
+        "minigold/carry.py",
+        "event = _taken(reading, side, at) if at == start else None",
         "event = None",
         "tests/test_teacher.py",
     ),

@@ -23,7 +23,7 @@ from minigold.pair import Pair, make_pair, matched
 from reference_losses import SlowSide
 from test_events import TEXTS, words
 from test_pair import side
-from test_teacher import PROMPT, TableModel, slow_carried
+from test_teacher import PROMPT, slow_carried
 from test_train import (
     CONFIG,
     broken_rollout,
@@ -351,8 +351,9 @@ def test_what_is_left_of_a_token_has_a_first_piece_too(own: str, other: str) -> 
     """Piece by piece, until what is left is a token itself or no text by itself."""
     ours, theirs = matched(side(own), side(other))
     known, n_rests = set(ours.token_bytes), 0
-    for text, role in zip(theirs.token_bytes, theirs.roles, strict=True):
-        while text and role == "text" and text not in known and text in ours.first_pieces:
+    for token, role in zip(theirs.token_bytes, theirs.roles, strict=True):
+        text = token if role == "text" else b""
+        while text and text not in known and text in ours.first_pieces:
             piece = ours.first_pieces[text]
             assert piece in known and text.startswith(piece)
             text = text[len(piece) :]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import minigold as mg
 from minigold import hf
+from minigold.carry import Reading
 from minigold.checkpoint import checkpoints_of
 from minigold.config import Config
 from minigold.data import Prompt
@@ -26,7 +27,6 @@ from minigold.hf import HFDecoder, wrap
 from minigold.load import LanguageModel
 from minigold.pair import make_pair
 from minigold.sample import CausalLM, pad, sample
-from minigold.carry import Reading
 from minigold.teacher import score
 from minigold.train import adamw, distill, take_step
 from reference import sample_slowly

@@ -20,12 +20,12 @@ import pytest
 import torch
 
 from minigold import wire
+from minigold.carry import Reading
 from minigold.events import CHUNK
 from minigold.http_teacher import is_address, open_server
 from minigold.load import LanguageModel, load
 from minigold.pair import make_pair
 from minigold.rollout import collect, sample_answers
-from minigold.carry import Reading
 from minigold.tiers import limited
 from minigold.train import distill
 from minigold.wire import ServerError, Wire, wire_to

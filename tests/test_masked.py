@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minigold.batch import Rollout
+from minigold.carry import Reading
 from minigold.config import Config
 from minigold.disagree import LEAST, WHERE, budget, choose, soft_or
 from minigold.loss import look
@@ -28,7 +29,6 @@ from minigold.masked import (
 )
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
-from minigold.carry import Reading
 from minigold.teacher import score
 from minigold.train import take_step
 from reference_losses import gkd

@@ -157,6 +157,7 @@ def test_the_reading_order_holds_every_module() -> None:
         "replay",
         "model",
         "sample",
+        "carry",
         "teacher",
         "disagree",
         "loss",

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from minigold import score
+from minigold.carry import Reading
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.events import CHUNK
 from minigold.http_teacher import open_server
 from minigold.load import LanguageModel, load
 from minigold.score import KeptTeacher, open_scores, score_file
-from minigold.carry import Reading
 from minigold.tiers import limited
 from minigold.train import distill
 from teacher_server import serving

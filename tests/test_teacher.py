@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minigold.carry import Reading
 from minigold.events import Events, match
 from minigold.model import Head
 from minigold.offsets import Vocabulary
 from minigold.pair import make_pair
-from minigold.carry import Reading
 from minigold.teacher import Score, score
 from reference_losses import SlowSide
 from test_events import words

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minigold import loss
 from minigold.batch import Rollout, pack
+from minigold.carry import Reading
 from minigold.config import Config
 from minigold.events import CHUNK, match
 from minigold.load import LanguageModel
@@ -25,7 +26,6 @@ from minigold.offsets import BROKEN, Vocabulary
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.sample import completion_states
-from minigold.carry import Reading
 from minigold.teacher import Listed, Told, score_of
 from minigold.tiers import check_tier, described, limited
 from minigold.train import distill

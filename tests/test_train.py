@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minigold import masked
 from minigold.batch import Rollout, answer_of, needed_states, pack
+from minigold.carry import Carried, Reading
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.load import LanguageModel
@@ -33,7 +34,6 @@ from minigold.masked import train_pass
 from minigold.offsets import BROKEN, CUT, SPECIAL, encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
-from minigold.carry import Carried, Reading
 from minigold.teacher import score
 from minigold.train import adamw, batches_of, distill, learning_rate, take_step
 from reference_losses import gkd

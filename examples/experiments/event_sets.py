@@ -30,6 +30,7 @@ from torch import Tensor
 
 import minigold as mg
 from minigold.batch import Array, Rollout
+from minigold.carry import CARRY_FROM
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.events import EVENTS, Events, Side, match
@@ -38,7 +39,6 @@ from minigold.loss import MOST, divergence
 from minigold.pair import Pair, matched
 from minigold.rollout import collect, sample_answers
 from minigold.sample import completion_states
-from minigold.carry import CARRY_FROM
 
 __all__ = ["PROMPTS", "apart", "event_sets", "figures", "first_pieces", "read", "table"]
 

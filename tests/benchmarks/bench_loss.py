@@ -33,6 +33,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from minigold.batch import Answer, answer_of, pack, rollout_of  # noqa: E402
+from minigold.carry import Reading  # noqa: E402
 from minigold.config import Config  # noqa: E402
 from minigold.data import Prompt  # noqa: E402
 from minigold.events import Events, match  # noqa: E402
@@ -40,7 +41,6 @@ from minigold.loss import gold_loss  # noqa: E402
 from minigold.masked import choose_chunks  # noqa: E402
 from minigold.offsets import encode_continuation, spans_of_ids  # noqa: E402
 from minigold.pair import matched  # noqa: E402
-from minigold.carry import Reading  # noqa: E402
 from minigold.teacher import read_states  # noqa: E402
 from real_models import real_folder  # noqa: E402
 from real_tokenizers import real_tokenizer  # noqa: E402
