@@ -137,6 +137,9 @@ class Carry:
 class ChunkRows:
     """Which predictions belong to which of C chunks. The teacher has one row a chunk.
 
+    A boundary inside a chunk that is compared as well counts as another chunk, of one student row
+    and none of the teacher's.
+
     Args:
         student: N rows.
         teacher_place_C: int64, where its prediction stands among the teacher's states (or logits);
