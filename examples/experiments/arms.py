@@ -47,11 +47,14 @@ BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
     batch_size=64,
     micro_batch=64,
     max_new_tokens=MAX_NEW_TOKENS,
-    lr=2e-3,
+    lr=4e-3,  # the default's best
     warmup=50,
     student_plain=True,
 )
-LR: dict[str, float] = {}  # of arms that do best with another, see docs/experiments.md
+LR = dict.fromkeys(  # of arms that do best with another, or no better, see docs/experiments.md
+    ("fine-tuned", "off-policy", "uld", "trl-gold", "trl-gold-on", "trl-bayesian", "bpm", "strict",
+     "strict-paper", "byte"), 2e-3,
+)  # fmt: skip
 UNLIKELY = 0.1  # probability under which the control `suppress` pushes a sampled token down
 
 AnswerLoss = Callable[[Rollout, Tensor, Tensor], Tensor]
