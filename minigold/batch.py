@@ -69,18 +69,16 @@ class Answer:
 
     def reading(self, events: Events) -> Reading:
         """What the teacher reads, and where its longer tokens are asked."""
-        c, event_V = self.chunks, events.student.event_V
+        c, event_S = self.chunks, events.student.event_V[self.ids].tolist()
+        starts = zip(c.t0.tolist(), c.s0.tolist(), strict=True)
         flawed = zip(c.t0[c.flaw != EXACT], c.t1[c.flaw != EXACT], strict=True)
         return Reading(
             self.teacher_prompt_ids,
             self.teacher_ids,
             starts=sorted({int(t) for t in c.t0 if t}),
             opaque=frozenset(t for first, stop in flawed for t in range(first, stop)),
-            taken={
-                t: int(event_V[self.ids[s]])
-                for s, t in zip(c.s0.tolist(), c.t0.tolist(), strict=True)
-            },
-            inside=_inside(self, events) if events.carries else (),
+            taken={t: event_S[s] for t, s in starts if s < len(event_S)},
+            inside=_inside(self, events, event_S) if events.carries else (),
         )
 
 
@@ -284,14 +282,13 @@ def _breaks_after(answer: Answer, events: Events) -> Array:
     return found_C
 
 
-def _inside(answer: Answer, events: Events) -> list[Inside]:
+def _inside(answer: Answer, events: Events, event_S: Sequence[int]) -> list[Inside]:
     """The student's boundaries inside chunks, and the one before a token that broke a character."""
-    chunks, student, found = answer.chunks, events.student, []
+    chunks, spelling, found = answer.chunks, events.student.spelling, []
     breaks_C = _breaks_after(answer, events)
     for c in np.flatnonzero((chunks.flaw == EXACT) | (breaks_C > 0)).tolist():
         first, stop = int(chunks.s0[c]), int(chunks.s1[c] + breaks_C[c])
-        ids = answer.ids[first : stop - 1]
-        taken = [(student.spelling[i], int(student.event_V[i])) for i in ids]
+        taken = [(spelling[answer.ids[s]], event_S[s]) for s in range(first, stop - 1)]
         if all(text for text, _ in taken):
             found += [
                 Inside(first + n, int(chunks.t0[c]), taken[:n]) for n in range(1, len(taken) + 1)

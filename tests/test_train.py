@@ -42,7 +42,7 @@ from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe, un
 
 CONFIG = Config(
     steps=3, batch_size=6, micro_batch=4, max_new_tokens=14, lr=1e-3, warmup=2,
-    student_plain=True, teacher_plain=True, where="all", max_overhang=1.0,
+    student_plain=True, teacher_plain=True, where="all", max_overhang=1.0, beta=0.5,
 )  # fmt: skip
 
 
