@@ -408,7 +408,7 @@ def test_a_run_is_one_small_file_that_is_not_made_twice(
     monkeypatch.setattr(screen, "one_process", no_more)
     again = ["--arms", "gold", "--seeds", "3", "--models", str(models), "--out", str(tmp_path)]
     assert screen.main([*again, "--steps", "3", "--lr", "1e-3"]) == 0
-    with pytest.raises(ValueError, match=r"expected {'lr': 0.002} in .*, got {'lr': 0.001}; name"):
+    with pytest.raises(ValueError, match=r"expected {'lr': 0.004} in .*, got {'lr': 0.001}; name"):
         screen.main([*again, "--steps", "3"])
 
 

@@ -124,7 +124,7 @@ def gold(x: Inputs, events: Events, where: str) -> Tensor:
         critic = read_states(
             Given,
             theirs_TW[: len(a.teacher_ids) + 1],
-            a.reading,
+            a.reading(events),
             end_ids=[ends[1]],
             side=events.teacher,
         )
@@ -143,7 +143,7 @@ def gold(x: Inputs, events: Events, where: str) -> Tensor:
     total = gold_loss(
         x.student_logits_BSV.flatten(0, 1), x.teacher_logits_BTW.flatten(0, 1), student_head=None,
         teacher_head=None, rows=rows, events=events, beta=config.beta,
-        weight=1 / len(rows.observed_C),
+        weight=1 / max(1, sum(int(mask.sum()) for mask in masks)),
     ).total  # fmt: skip
     total.backward()
     return total.detach()
