@@ -57,7 +57,7 @@ G = 4  # rollouts a prompt
 ROUNDS = 2  # times that references are made
 N_LABELLED = 150  # prompts whose answers the start is prepared on; none of them is trained later
 CONFIG = Config(
-    batch_size=64, micro_batch=64, max_new_tokens=DEMO.max_new_tokens, lr=1e-3,
+    batch_size=64, micro_batch=64, max_new_tokens=DEMO.max_new_tokens, lr=1e-3, beta=0.5,
     student_plain=True, teacher_plain=True,
 )  # fmt: skip
 
