@@ -158,7 +158,7 @@ def slow_inside(
         told += [
             (offset + edge, event)
             for edge, (_, event) in zip(edges, one.taken, strict=True)
-            if offset + edge >= 0
+            if offset + edge > 0 or (at <= one.start and offset + edge == 0)
         ]
         for own, p in zip(side.texts, prob[at], strict=True):
             if own.startswith(lead + left) and len(own) > len(lead + left):
@@ -195,7 +195,7 @@ def test_laws_inside_equal_the_slow_version(
     logp = [float(row[i].log()) for row, i in zip(prob, ids, strict=True)]
     side = SlowSide(teacher.token_bytes, teacher.roles, events.event_bytes[:-1], {})
     want, unknown = slow_inside(prob.tolist(), side, reading, one)
-    beside = slow_carried(prob.tolist(), side, ids, [start])[start] if start else {}
+    beside = slow_carried(prob.tolist(), side, ids, starts)[start] if start else {}
     known = sum(want.values())
     for least, mostly in ((0.0, 0.0), (0.05, 0.9)):
         longer = Longer(reading, events.teacher)
