@@ -102,6 +102,17 @@ def test_tokens_that_were_another_event_at_a_boundary_on_the_way_have_no_say() -
     assert laws([row], events, Reading(PROMPT, [6], inside=[two])) == {}
 
 
+def test_tokens_that_begin_behind_the_start_count_as_much_as_the_way_there() -> None:
+    """The student wrote `six`, `t`; the teacher reads `si`, `xty`, and meant `sixteen` as often."""
+    student = words("six", "t", "y", "een")
+    events = match(student, words("six", "t", "y", "een", "si", "xty", "sixteen"))
+    rows = [[0, 0, 0, 0, 0.5, 0, 0.5, 0.0], [0, 0, 0, 0, 0, 1.0, 0, 0.0]]
+    reading = Reading(PROMPT, [4, 5], inside=[inside(events, "six", "t", at=2)])
+    assert laws(rows, events, reading) == {
+        2: {b"y": pytest.approx(0.5), b"een": pytest.approx(0.5)}
+    }
+
+
 def test_tokens_that_begin_before_the_chunk_speak_inside_it() -> None:
     """The student wrote a space and the first byte of an \u00e9 that it then broke."""
     student = words(" ", b"\xc3", b"\xa9", "x")
