@@ -459,7 +459,12 @@ MUTANTS = (
     # ... or are told apart where the chunk does not start
     Mutant("minigold/carry.py", "size -= len(spelled)", "size -= 0", "tests/test_carry.py"),
     # the teacher's token tells apart what the student's did not
-    Mutant("minigold/carry.py", "return reading.taken.get(at, own)", "return own", "tests/test_carry.py"),
+    Mutant(
+        "minigold/carry.py",
+        "return reading.taken.get(at, own)",
+        "return own",
+        "tests/test_carry.py",
+    ),
     # nothing is compared inside chunks
     Mutant("minigold/batch.py", "if s in score.inside]", "if s in ()]", "tests/test_carry.py"),
     # ... or it counts as another chunk does

@@ -272,7 +272,7 @@ ARMS: dict[str, Arm] = {
     "byte": Arm("rivals", "events byte, the rest as gold", {"events": "byte"}),
     "no-observed": Arm("parts", "chunk starts alone: without the observed chunk, and nothing inside",
                        names=((batch, "_is_one_event", every_chunk),)),
-    "no-carry": Arm("parts", "without what longer tokens carry over a boundary",
+    "no-carry": Arm("parts", "without what longer tokens say over a boundary, and inside chunks",
                     names=((carry, "_covers", lambda *_: []), (batch, "_stays", no_overhang))),
     "longest": Arm("parts", "longest prefixes instead of first pieces",
                    names=((pair, "match", longest_prefixes),)),
