@@ -56,7 +56,7 @@ ARMS = ("synthesis", "alone", "vote", "likeliest", "single", "sharpened")
 G = 4  # rollouts a prompt
 ROUNDS = 2  # times that references are made
 N_LABELLED = 150  # prompts whose answers the start is prepared on; none of them is trained later
-CONFIG = Config(
+CONFIG = Config(  # beta as in the figures of docs/self-teachers.md
     batch_size=64, micro_batch=64, max_new_tokens=DEMO.max_new_tokens, lr=1e-3, beta=0.5,
     student_plain=True, teacher_plain=True,
 )  # fmt: skip

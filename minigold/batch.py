@@ -68,7 +68,9 @@ class Answer:
     chunks: Chunks
 
     def reading(self, events: Events) -> Reading:
-        """What the teacher reads, and where its longer tokens are asked."""
+        """What the teacher reads, and, where events carry, where its longer tokens are asked."""
+        if not events.carries:
+            return Reading(self.teacher_prompt_ids, self.teacher_ids)
         c, event_S = self.chunks, events.student.event_V[self.ids].tolist()
         starts = zip(c.t0.tolist(), c.s0.tolist(), strict=True)
         flawed = zip(c.t0[c.flaw != EXACT], c.t1[c.flaw != EXACT], strict=True)
@@ -78,7 +80,7 @@ class Answer:
             starts=sorted({int(t) for t in c.t0 if t}),
             opaque=frozenset(t for first, stop in flawed for t in range(first, stop)),
             taken={t: event_S[s] for t, s in starts if s < len(event_S)},
-            inside=_inside(self, events, event_S) if events.carries else (),
+            inside=_inside(self, events, event_S),
         )
 
 

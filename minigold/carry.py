@@ -238,11 +238,11 @@ def _covers(reading: Reading, side: Side) -> list[_Cover]:
     return sorted(found, key=attrgetter("at"))
 
 
-Told = Sequence[tuple[int, int]]  # boundaries on the way: bytes from there, and the event taken
+Passed = Sequence[tuple[int, int]]  # boundaries on the way: bytes from there, and the event taken
 
 
 def _before(
-    reading: Reading, side: Side, start: int, text: bytes, told: Told
+    reading: Reading, side: Side, start: int, text: bytes, told: Passed
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Tokens that begin before `start` and reach over the `text` there."""
     shared, told = {0, *reading.starts}, list(told)
@@ -260,7 +260,7 @@ def _before(
 
 
 def _behind(
-    reading: Reading, side: Side, start: int, text: bytes, told: Told
+    reading: Reading, side: Side, start: int, text: bytes, told: Passed
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Tokens that begin at `start`, or behind it, and reach over the `text` there, or end in it."""
     for at in range(start, len(reading.ids)):
@@ -290,7 +290,7 @@ def _shorter(side: Side, text: bytes, event: int | None) -> list[int]:
     return [i for i in side.begins(text) if event in (None, side.event_of(side.spelling[i]))]
 
 
-def _told_apart(side: Side, text: bytes, event: int | None, told: Told) -> tuple[Tensor, Tensor]:
+def _told_apart(side: Side, text: bytes, event: int | None, told: Passed) -> tuple[Tensor, Tensor]:
     """The longer tokens that took the same event as the text at every boundary so far."""
     ids, rests = side.longer(text, event)
     if not (told and len(ids)):

@@ -143,7 +143,7 @@ class ChunkRows:
     Args:
         student: N rows.
         teacher_place_C: int64, where its prediction stands among the teacher's states (or logits);
-            -1 where it has none, and all that it says is carried.
+            -1 where it has none, and all that it says is carried (not with `Listed`).
         teacher_id_C: int64, the first teacher token of each chunk.
         teacher_logp_C: nats, the teacher's log-probability that the text goes on with the chunk.
         teacher_carry: what is mixed into the teacher's predictions.

@@ -47,8 +47,8 @@ class Vocabulary:
 
     `token_bytes[i]`: the bytes id i stands for in running text, b"" if it stands for no text.
     `roles[i]`: "text", "special", "unknown" (the unknown token), "end" (ends a turn) or "none" (no
-    such token). `first_pieces`: for byte strings of another vocabulary, the token (as bytes) that
-    this tokenizer starts them with.
+    such token). `first_pieces`: for byte strings of another vocabulary, and for what is left of them
+    after such a piece, the token (as bytes) that this tokenizer starts them with.
     """
 
     token_bytes: tuple[bytes, ...]

@@ -150,7 +150,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
-    """Both vocabularies with the first pieces of each for the strings of the other.
+    """Both vocabularies with the first pieces of each for the strings of the other, and for their rests.
 
     Large ones are read from the cache if the same two were matched before with these versions.
     """
@@ -188,11 +188,11 @@ def _matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
     def pieces(tokenizer: Tokenizer, own: set[bytes], other: set[bytes]) -> dict[bytes, bytes]:
         """Of the other's tokens, and of what is left of them after a first piece, and so on."""
         found: dict[bytes, bytes] = {}
-        asked, wanted = set(own) | {b""}, other - own
+        asked, wanted = own | {b""}, other - own
         while wanted:
-            firsts = first_pieces(tokenizer, wanted)
+            new = first_pieces(tokenizer, wanted)
             new = {
-                text: first for text, first in firsts.items() if first in own
+                text: first for text, first in new.items() if first in own
             }  # else it ends a turn
             asked |= wanted
             found |= new
@@ -239,13 +239,12 @@ def _save(path: Path, key: str, both: tuple[Vocabulary, Vocabulary]) -> None:
     arrays: Arrays = {}
     for name, one in zip(("student", "teacher"), both, strict=True):
         own_id = {text: i for i, text in enumerate(one.token_bytes)}
-        texts, firsts = (
-            zip(*one.first_pieces.items(), strict=True) if one.first_pieces else ((), ())
-        )
         arrays |= {
             **_joined(f"{name}.tokens", one.token_bytes),
-            **_joined(f"{name}.texts", texts),
-            f"{name}.firsts": np.array([own_id[first] for first in firsts], dtype=np.int64),
+            **_joined(f"{name}.texts", list(one.first_pieces)),
+            f"{name}.firsts": np.array(
+                [own_id[first] for first in one.first_pieces.values()], dtype=np.int64
+            ),
             f"{name}.roles": np.array([ROLES.index(role) for role in one.roles], dtype=np.uint8),
         }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -223,7 +223,8 @@ def score_of(
     """The score of a completion from what was told of it; arguments as in `score`.
 
     Of tokens that are not listed nothing is guessed: they are no part of what is carried over a
-    boundary, of the end of turn or of the masses, and they make up `Listed.tail_M`.
+    boundary, of the end of turn or of the masses, and they make up `Listed.tail_M`. Inside chunks
+    nothing is looked up.
     """
     n, n_ids = len(reading.ids), len(side.spelling)
     logp_T, logp_end = told.logp_M[:n].float(), float(told.logp_M[n])
@@ -242,7 +243,7 @@ def score_of(
     n_listed_M = (is_listed_MK & inside_MK).sum(1)
     rest_M = (1 - prob_MK.sum(1)).clamp(min=ROUNDING)
     tail_M = torch.where(n_listed_M < n_ids, rest_M, 0.0).float()
-    longer, measures = Longer(reading, side), [torch.zeros(0, 5)]
+    longer, measures = Longer(replace(reading, inside=()), side), [torch.zeros(0, 5)]
     ids_T, device = torch.tensor(reading.ids, dtype=torch.int64), side.event_V.device
     for start in range(0, n, block):
         rows = slice(start, min(start + block, n))

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -16,14 +17,14 @@ from minigold.batch import Rollout, pack
 from minigold.carry import Inside, Longer, Reading
 from minigold.config import Config
 from minigold.events import Events, match
-from minigold.loss import FIRST, chunk_losses, gold_loss
+from minigold.loss import FIRST, ChunkRows, chunk_losses, gold_loss
 from minigold.masked import choose_chunks, chunk_weights
 from minigold.offsets import BROKEN, Vocabulary
 from minigold.pair import Pair, make_pair, matched
 from reference_losses import SlowSide
 from test_events import TEXTS, words
 from test_pair import side
-from test_teacher import PROMPT, slow_carried
+from test_teacher import PROMPT, drawn_text, slow_carried
 from test_train import (
     CONFIG,
     broken_rollout,
@@ -89,7 +90,6 @@ def test_nothing_is_said_where_too_much_is_unknown_or_the_text_is_rare() -> None
 def test_tokens_that_were_another_event_at_a_boundary_on_the_way_have_no_say() -> None:
     student = words("six", "sixt", "t", "teen", "ty", "y")
     teacher = words("six", "sixt", "t", "teen", "ty", "y", "sixty", "sixteen")
-    teacher = dataclasses.replace(teacher)
     student = Vocabulary(
         student.token_bytes, student.roles, {b"sixty": b"sixt", b"sixteen": b"six"}
     )
@@ -191,9 +191,7 @@ def test_laws_inside_equal_the_slow_version(
     events = match(student, teacher)
     if events.identical:
         return
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, len(theirs), (5,), generator=g).tolist()
-    starts = [k for k in range(1, 6) if torch.rand(1, generator=g) < 0.5]
+    g, ids, starts = drawn_text(5, len(theirs), seed)
     start = [0, *starts][int(torch.randint(0, len(starts) + 1, (1,), generator=g))] % 5
     start = start if start in (0, *starts) else 0
     drawn = torch.randint(0, len(ours), (2,), generator=g).tolist()
@@ -332,7 +330,7 @@ def looked_into(pair: Pair) -> list[Rollout]:
     return found
 
 
-def packed(pair: Pair, rollouts: list[Rollout], chosen: list[np.ndarray], **more: object) -> object:
+def packed(pair: Pair, rollouts: list[Rollout], chosen: list[np.ndarray], **more: Any) -> ChunkRows:
     lengths = [[len(r.answer.ids) for r in rollouts], [len(r.score.hidden_MD) for r in rollouts]]
     ours, theirs = ([0, *np.cumsum(n)[:-1].tolist()] for n in lengths)
     return pack(

@@ -257,6 +257,13 @@ def slow_other_paths(
                     yield side.event_of(longer[len(left) :]), prob[at][w] * p / path
 
 
+def drawn_text(n: int, n_tokens: int, seed: int) -> tuple[torch.Generator, list[int], list[int]]:
+    """Tokens of a completion, and before which of them, or behind the last, chunks start."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, n_tokens, (n,), generator=g).tolist()
+    return g, ids, [k for k in range(1, n + 1) if torch.rand(1, generator=g) < 0.5]
+
+
 @given(TEXTS, TEXTS, st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_carried_masses_equal_the_slow_version(
     ours: list[bytes], theirs: list[bytes], seed: int, block: int
@@ -265,10 +272,8 @@ def test_carried_masses_equal_the_slow_version(
     events = match(student, teacher)
     if events.identical:
         return
-    g = torch.Generator().manual_seed(seed)
     n = 6
-    ids = torch.randint(0, len(theirs), (n,), generator=g).tolist()
-    starts = [k for k in range(1, n + 1) if torch.rand(1, generator=g) < 0.6]
+    g, ids, starts = drawn_text(n, len(theirs), seed)
     prob_SV = torch.randn(n + 1, len(theirs) + 2, generator=g).double().softmax(-1)
     result = read(prob_SV, events, ids, starts, block)
     side = SlowSide(teacher.token_bytes, teacher.roles, events.event_bytes[:-1], {})
@@ -289,9 +294,7 @@ def test_other_paths_equal_the_slow_version(
     events = match(student, teacher)
     if events.identical:
         return
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, len(theirs), (5,), generator=g).tolist()
-    starts = [k for k in range(1, 6) if torch.rand(1, generator=g) < 0.5]
+    g, ids, starts = drawn_text(5, len(theirs), seed)
     after = torch.randn(len(theirs) + 2, len(theirs) + 2, generator=g).double().softmax(-1)
     prob = [after[PROMPT[-1]], *(after[i] for i in ids)]
     with patch("minigold.carry.BRANCH_FROM", 0.0):
