@@ -79,7 +79,7 @@ class Answer:
             self.teacher_ids,
             starts=sorted({int(t) for t in c.t0 if t}),
             opaque=frozenset(t for first, stop in flawed for t in range(first, stop)),
-            taken={t: event_S[s] for t, s in starts if s < len(event_S)},
+            taken={t: event_S[s] for t, s in starts},
             inside=_inside(self, events, event_S),
         )
 

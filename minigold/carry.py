@@ -274,7 +274,7 @@ def _behind(
         ]
         unknown = rests.new_full((len(ends),), -1)
         yield at, torch.cat([ids, ids.new_tensor(ends)]), torch.cat([rests, unknown])
-        if not goes_on or len(taken) == len(text):
+        if not goes_on:
             break
         text = text[len(taken) :]
 

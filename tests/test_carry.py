@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from minigold.batch import Rollout, pack
 from minigold.carry import Inside, Longer, Reading
 from minigold.config import Config
+from minigold.evaluate import forward_kl
 from minigold.events import Events, match
 from minigold.loss import FIRST, ChunkRows, chunk_losses, gold_loss
-from minigold.masked import choose_chunks, chunk_weights
+from minigold.masked import choose_chunks, chunk_weights, train_pass
 from minigold.offsets import BROKEN, Vocabulary
 from minigold.pair import Pair, make_pair, matched
 from reference_losses import SlowSide
@@ -85,6 +86,16 @@ def test_nothing_is_said_where_too_much_is_unknown_or_the_text_is_rare() -> None
     # `six` by itself: what would follow was not asked
     assert laws([[0.2, 0, 0, 0, 0, 0, 0.5, 0.2, 0.1, 0.0]], events, reading) == {}
     assert laws([[0.0, 0.97, 0, 0, 0, 0, 0.01, 0.01, 0.01, 0.0]], events, reading) == {}
+
+
+def test_text_is_rare_beside_all_that_is_known_where_the_chunk_starts() -> None:
+    """After a space the teacher is sure of `six`; it had meant ` x`, and says so over the boundary."""
+    events = match(words(" ", "six", "ty", "x"), words(" ", "six", "ty", "x", " x", "sixty"))
+    six = Inside(2, 1, [(b"six", events.student.event_of(b"six"))])
+    reading = Reading(PROMPT, [0, 5], starts=[1], inside=[six])
+    after = [0, 0, 0, 0, 0, 1.0, 0.0]
+    assert laws([[0.01, 0, 0, 0, 0.99, 0, 0.0], after], events, reading) == {}
+    assert laws([[0.5, 0, 0, 0, 0.5, 0, 0.0], after], events, reading) == {2: {b"ty": 1.0}}
 
 
 def test_tokens_that_were_another_event_at_a_boundary_on_the_way_have_no_say() -> None:
@@ -291,6 +302,24 @@ def test_what_is_inside_counts_as_much_as_its_chunk() -> None:
     assert rows.weight_C.tolist() == starts.weight_C[own_C].tolist()
     assert not rows.observed_C[~first_C].any()
     assert (rows.student.kind_N[~first_C[rows.student.chunk_N]] == FIRST).all()
+
+
+@pytest.mark.usefixtures("everything_counts")
+def test_what_ranks_and_measures_chunks_reads_their_starts() -> None:
+    pair = cross_pair()
+    rollouts = looked_into(pair)
+    bare = [dataclasses.replace(r, score=dataclasses.replace(r.score, inside={})) for r in rollouts]
+    for got, want in zip(
+        *(forward_kl(pair, rows, CONFIG) for rows in (rollouts, bare)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    config = dataclasses.replace(CONFIG, where="divergence", fraction=0.5, micro_batch=100)
+    chosen = choose_chunks(rollouts, pair.events, config, seed=0)
+    picked = [train_pass(pair, rows, chosen, config).trained for rows in (rollouts, bare)]
+    assert all(np.array_equal(a, b) for a, b in zip(*picked, strict=True))
+    got = gradient_of(pair, rollouts, chosen, config)
+    want = dense_gradient(pair, rollouts, picked[0], 0.5) / sum(int(m.sum()) for m in picked[0])
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.usefixtures("everything_counts")

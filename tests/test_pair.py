@@ -195,6 +195,15 @@ def test_kept_vocabularies_come_back_as_they_were(left: str, right: str, cache: 
             assert one == two
 
 
+def test_what_other_code_matched_is_kept_apart(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (pair, pair.offsets, pair):
+        matched(side("byte_bpe"), side("unigram"))
+        monkeypatch.setattr(module, "__file__", __file__)
+    assert len(list(cache.iterdir())) == 3
+
+
 def test_another_pair_is_kept_apart(cache: Path) -> None:
     left, right = side("byte_bpe"), side("unigram")
     grown = edited(left[0])

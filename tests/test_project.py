@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import minigold
+from minigold.config import Config
 from mutants import MUTANTS
 from shape_suffix import ShapeSuffixes
 
@@ -372,6 +373,18 @@ def test_each_edit_of_the_mutants_finds_its_place() -> None:
         found = (ROOT / mutant.file).read_text("utf-8").count(mutant.old)
         assert found == 1, f"{mutant.file}: {mutant.old!r} found {found} times, expected once"
         assert (ROOT / mutant.tests).is_file()
+
+
+def test_the_pages_name_the_defaults_that_there_are() -> None:
+    own = Config()
+    losses, recipe = (
+        (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("losses", "recipe")
+    )
+    assert (
+        f"| {own.beta:g}, the default |" in losses and f"| `{own.events}`, the default |" in losses
+    )
+    assert f"| `--beta` | {own.beta:g}, the default |" in recipe
+    assert f"| `--where` | `{own.where}`, the default |" in recipe
 
 
 def test_the_lines_that_the_page_of_losses_names_are_in_the_code() -> None:
