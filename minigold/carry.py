@@ -36,7 +36,8 @@ class Inside(NamedTuple):
     Args:
         at: the student token that follows.
         start: the teacher token at the chunk's start.
-        taken: the student's tokens from the chunk's start to here: the bytes and the event of each.
+        taken: the student's tokens from the chunk's start to here, at least one: the bytes and the
+            event of each.
     """
 
     at: int
@@ -334,7 +335,7 @@ def _alone(events: Tensor, mass: Tensor, least: float) -> Carried | None:
     """Masses as shares of the known ones, if these are nearly all; -1 is not known."""
     is_known = events >= 0
     known = mass[is_known].sum()
-    if known <= least or known < MOSTLY * mass.sum():
+    if not (known > least and known >= MOSTLY * mass.sum()):  # NaN is no law
         return None
     kept = is_known & (mass > 0.01 * CARRY_FROM * known)
     return Carried(events[kept], mass[kept] / mass[kept].sum(), -math.inf)

@@ -436,8 +436,8 @@ MUTANTS = (
     # a little of what the teacher says inside a chunk is taken for all
     Mutant(
         "minigold/carry.py",
-        "or known < MOSTLY * mass.sum()",
-        "or known < 0",
+        "and known >= MOSTLY * mass.sum())",
+        "and known >= 0)",
         "tests/test_carry.py",
     ),
     # ... of any text

@@ -86,6 +86,7 @@ def test_nothing_is_said_where_too_much_is_unknown_or_the_text_is_rare() -> None
     # `six` by itself: what would follow was not asked
     assert laws([[0.2, 0, 0, 0, 0, 0, 0.5, 0.2, 0.1, 0.0]], events, reading) == {}
     assert laws([[0.0, 0.97, 0, 0, 0, 0, 0.01, 0.01, 0.01, 0.0]], events, reading) == {}
+    assert laws([[math.nan] * 10], events, reading) == {}
 
 
 def test_text_is_rare_beside_all_that_is_known_where_the_chunk_starts() -> None:
