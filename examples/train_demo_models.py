@@ -126,7 +126,7 @@ def fine_tune(
     Tokens that touch a byte range in the prompt's `extra["mistakes"]` are read, and not learned.
     """
     decoder = model.decoder.train()
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, weight_decay=0.01, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = (

@@ -521,7 +521,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(
             screen.TASKS,
             name.lower(),
-            screen.Task(getattr(real_tasks, f"make_{name.lower()}"), short),
+            dataclasses.replace(
+                screen.TASKS[name.lower()],
+                make=getattr(real_tasks, f"make_{name.lower()}"),
+                base=short,
+            ),
         )
 
 
@@ -562,7 +566,7 @@ def test_a_behaviour_is_measured_without_right_answers(
     assert gold["task"] == "behaviour" and gold["steps"] == 2 and gold["lr"] == 5e-5
     assert gold["right"] == gold["indented"] == "" and len(gold["stopped"]) == 6
     assert gold["curve"][-1]["exact_match"] is None
-    assert teacher["reverse_kl_per_byte"] == pytest.approx(0, abs=1e-6)
+    assert 0 < teacher["reverse_kl_per_byte"] < 1e-3, "of bfloat16 weights, beside float32"
     assert gold["reverse_kl_per_byte"] > 0.1
 
 

@@ -42,7 +42,7 @@ from train_demo_models import drawn, fine_tune
 
 __all__ = ["BEHAVIOUR", "SKILL", "make_behaviour", "make_skill", "requests", "skill_rows"]
 
-SKILL = Config(steps=100, batch_size=8, micro_batch=8, max_new_tokens=48, lr=1e-4, warmup=20,
+SKILL = Config(steps=120, batch_size=16, micro_batch=16, max_new_tokens=48, lr=1e-4, warmup=20,
                student_plain=True, teacher_plain=True)  # fmt: skip
 BEHAVIOUR = Config(steps=60, batch_size=8, micro_batch=8, max_new_tokens=64, lr=5e-5, warmup=12,
                    student_plain=True)  # fmt: skip
@@ -146,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start = time.perf_counter()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("medium")  # products in bfloat16 where the processor has them
     if args.task == "behaviour":
         make_behaviour(args.out)
     else:

@@ -61,17 +61,19 @@ class Task:
     Args:
         make: fills a folder with `student`, `teacher`, `train.jsonl` and `held_out.jsonl`.
         lr: of arms that do best with another rate than `base` has, see docs/experiments.md.
+        teacher: dtype of its weights.
     """
 
     make: Callable[[Path], None]
     base: Config
     lr: Mapping[str, float] = field(default_factory=dict)
+    teacher: torch.dtype = torch.float32
 
 
 TASKS = {
     "tiny": Task(make, BASE, LR),
-    "skill": Task(make_skill, SKILL),
-    "behaviour": Task(make_behaviour, BEHAVIOUR),
+    "skill": Task(make_skill, SKILL, teacher=torch.bfloat16),
+    "behaviour": Task(make_behaviour, BEHAVIOUR, teacher=torch.bfloat16),
 }
 
 
@@ -99,16 +101,17 @@ def settings_of(
 # ------------------------------------------------------------------- one run
 def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str, Any]:
     """Trains a student as the arm says, and measures it beside the taught teacher."""
-    arm, steps = ARMS[settings["arm"]], settings["steps"]
-    base = replace(read_as(TASKS[settings["task"]].base, arm), seed=settings["seed"])
+    arm, steps, task = ARMS[settings["arm"]], settings["steps"], TASKS[settings["task"]]
+    base = replace(read_as(task.base, arm), seed=settings["seed"])
     config = replace(base, **arm.changes, steps=max(1, steps), lr=settings["lr"])
     train, test = rows_of(models, settings["on"])
     student = load(models / arm.student)
     trained: dict[str, Any] = {}
     if steps:
         with replaced(arm):
-            trained = _trained(student, load(models / arm.teacher), train, test, config, every)
-    measures = measure(student, load(models / "teacher"), test, base)
+            teacher = load(models / arm.teacher, dtype=task.teacher)
+            trained = _trained(student, teacher, train, test, config, every)
+    measures = measure(student, load(models / "teacher", dtype=task.teacher), test, base)
     return {**settings, **measures, **trained, "config": arm.changes, "machine": machine()}
 
 
