@@ -146,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start = time.perf_counter()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("medium")  # products in bfloat16 where the processor has them
+    torch.set_float32_matmul_precision(
+        "medium"
+    )  # products in bfloat16 where the processor has them
     if args.task == "behaviour":
         make_behaviour(args.out)
     else:
