@@ -14,7 +14,8 @@ to learn that from it.
 A folder gets `student`, `teacher`, and what the teacher wrote, `train.jsonl` and `held_out.jsonl`, as
 `task.make` writes them, so that `screen.py --task` runs arms on it. `real_pair.py` says where the
 weights come from. One thread took 15 minutes for the skill, where the processor multiplies in bfloat16
-(55 where it does not), and 5 for the behaviour. It simplifies: both read the skill's prompt without a template, and all seeds start from one student.
+(55 where it does not), and 5 for the behaviour. It simplifies: both read the skill's prompt without
+a template, and all seeds start from one student.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from train_demo_models import drawn, fine_tune
 
 __all__ = ["BEHAVIOUR", "SKILL", "make_behaviour", "make_skill", "requests", "skill_rows"]
 
-SKILL = Config(steps=100, batch_size=16, micro_batch=16, max_new_tokens=48, lr=2e-4, warmup=20,
+SKILL = Config(steps=120, batch_size=16, micro_batch=16, max_new_tokens=48, lr=2e-4, warmup=20,
                student_plain=True, teacher_plain=True)  # fmt: skip
 BEHAVIOUR = Config(steps=60, batch_size=8, micro_batch=8, max_new_tokens=64, lr=5e-5, warmup=12,
                    student_plain=True)  # fmt: skip
