@@ -13,9 +13,9 @@ to learn that from it.
 
 A folder gets `student`, `teacher`, and what the teacher wrote, `train.jsonl` and `held_out.jsonl`, as
 `task.make` writes them, so that `screen.py --task` runs arms on it. `real_pair.py` says where the
-weights come from. One thread took 15 minutes for the skill, where the processor multiplies in bfloat16
-(55 where it does not), and 5 for the behaviour. It simplifies: both read the skill's prompt without
-a template, and all seeds start from one student.
+weights come from. One thread took 15 minutes for the skill, on a processor that multiplies in bfloat16,
+and 5 for the behaviour. It simplifies: both read the skill's prompt without a template, and all seeds
+start from one student.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -87,6 +88,18 @@ def skill_rows() -> tuple[list[Prompt], list[Prompt]]:
 
 
 # ------------------------------------------------------------------- models
+@contextmanager
+def in_bfloat16() -> Iterator[None]:
+    """Products of float32 matrices are in bfloat16, on processors that have it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@in_bfloat16()
 def make_skill(out: Path, *, say: Callable[[str], None] = print) -> None:
     """Writes what is not there yet.
 
@@ -147,7 +160,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start = time.perf_counter()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("medium")  # in bfloat16 where the processor can
     if args.task == "behaviour":
         make_behaviour(args.out)
     else:

@@ -300,7 +300,7 @@ def table(r: Results, *, every: bool = True) -> str:
         cells = [
             name + (" †" if failed else ""), str(r.seeds(name)),
             _exact(r, name), _number(r.gap(name), ".2f"),
-            _number(r.mean(name, "reverse_kl_per_byte"), ".4f"),
+            _number(r.mean(name, "reverse_kl_per_byte"), "z.4f"),
             _number(r.mean(name, "bits_per_byte_student"), ".3f"),
             f"{r.share(name, 'stopped'):.3f}", _number(r.mean(name, "mean_tokens"), ".1f"),
             _number(r.mean(name, "repetition"), ".3f"),
