@@ -37,7 +37,8 @@ OPTIONAL = {
     "trackio",
 }  # imported inside the functions that use them
 SKIPPED = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "__pycache__",
-           "build", "dist", "runs", "shared"}  # fmt: skip
+           "build", "dist", "runs", "shared",
+           *(path.parent.name for path in ROOT.glob("*/pyvenv.cfg"))}  # fmt: skip
 SOURCES = sorted(PACKAGE.glob("*.py"))
 
 
