@@ -26,6 +26,7 @@ __all__ = ["CARRY_FROM", "Carried", "Inside", "Longer", "Reading"]
 
 CARRY_FROM = 1e-3  # an overhang under this is left out
 BRANCH_FROM = 0.05  # other tokens under this are not followed
+FOLLOW_FROM = 1e-4  # of what follows a token, tokens under this are left out
 INSIDE_FROM = 0.05  # text that the teacher found less likely than this is not looked into
 MOSTLY = 0.9  # of what the teacher says inside a chunk has to be known
 
@@ -90,12 +91,14 @@ class Longer:
     """
 
     def __init__(self, reading: Reading, side: Side, *, other_paths: bool = False) -> None:
-        self.reading, self.side = reading, side
+        self.reading, self.side, self.other_paths = reading, side, other_paths
         self.covers = _covers(reading, side) if side.carries else []
         self.begins = _begins(reading, side) if side.carries and other_paths else []
         self.masses: list[Tensor] = []
         self.begun: list[Tensor] = []
         self.followed: list[tuple[int, tuple[Tensor, Tensor]]] = []
+        self.after: dict[int, dict[int, _Next]] = {}  # by place and token
+        self.wanted = {one.at for one in self.covers if _is_own(one, reading, side)}
         self.n_done = 0
 
     def add(self, prob_NV: Tensor) -> None:
@@ -103,32 +106,52 @@ class Longer:
         for wanted, found in ((self.covers, self.masses), (self.begins, self.begun)):
             stop = bisect_left(wanted, self.n_done + len(prob_NV), key=attrgetter("at"))
             found.extend(_masses(prob_NV, self.n_done, wanted[len(found) : stop]))
+        before = range(self.n_done - 1, self.n_done - 1 + len(prob_NV))
+        places = [at for at in before if at in self.wanted]
+        for at, one in zip(places, _nexts(prob_NV[[at - before[0] for at in places]]), strict=True):
+            self.after[at] = {self.reading.ids[at]: one}
         self.n_done += len(prob_NV)
 
     def branches(self, logp: Sequence[float]) -> list[_Branch]:
-        """Other tokens that much speaks for: as such, and beside those of the completion."""
+        """Other tokens that much speaks for: as such, and beside those of the completion.
+
+        Those that begin like the rest of their chunk, and those over its end that end in a space:
+        which word follows it is not known, and the student may have a token for both.
+        """
         found = []
         for one, mass_K in zip(self.begins, self.begun, strict=True):
             path = math.exp(min(-sum(logp[one.at : one.end]), 600.0))
             before = math.exp(sum(logp[one.start : one.at]))
             for i, mass in zip(one.ids.tolist(), mass_K.tolist(), strict=True):
                 left = one.text[len(self.side.spelling[i]) :]
-                if left and before * mass > BRANCH_FROM and mass * path > BRANCH_FROM:
-                    row = [*self.reading.prompt_ids, *self.reading.ids[: one.at], i]
-                    found.append(_Branch(row, one.end, left, mass * path))
-        return found
+                if left and before * mass > BRANCH_FROM:
+                    found.append(_Branch(self._row(one.at, i), one.at, one.end, left, mass * path))
+        spaced: dict[tuple[int, int], _Branch] = {}
+        for cover, mass_K in zip(self.covers, self.masses, strict=True):
+            if cover.inside is None and self.other_paths:
+                for i in cover.ids.cpu()[mass_K > BRANCH_FROM].tolist():
+                    if self.side.spelling[i].endswith(b" "):
+                        row = self._row(cover.at, i)
+                        spaced[cover.at, i] = _Branch(row, cover.at, cover.start, b"", 0.0)
+        return [*found, *spaced.values()]
+
+    def _row(self, at: int, i: int) -> list[int]:
+        return [*self.reading.prompt_ids, *self.reading.ids[:at], i]
 
     def follow(self, branches: Sequence[_Branch], prob_BV: Tensor) -> None:
         """Of the branches: the predictions after them. Their tokens over the end are covers, too."""
-        for one, prob_V in zip(branches, prob_BV, strict=True):
-            ids, rests = self.side.longer(one.left, None)
-            weighed = one.mass * prob_V[ids].double().cpu()
-            self.followed.append((one.end, (rests.cpu(), weighed)))
+        for one, prob_V, after in zip(branches, prob_BV, _nexts(prob_BV), strict=True):
+            self.after.setdefault(one.at, {})[one.row[-1]] = after
+            if one.left:
+                ids, rests = self.side.longer(one.left, None)
+                weighed = one.mass * prob_V[ids].double().cpu()
+                self.followed.append((one.end, (rests.cpu(), weighed)))
 
     def carried(self, logp: Sequence[float]) -> tuple[dict[int, Carried], dict[int, Carried]]:
         """By chunk start (token), and by `Inside.at`: the longer tokens from every token before.
 
         Inside a chunk they have to be nearly all that is known of the text, and then are the law.
+        Where it is known what follows such a token, that is what its rest goes on with.
 
         Source: 2410.09303, the next bytes from the tokens that cover them. Differs: tokens that were
         another event at a boundary on the way are left out, as the comparison there has told them
@@ -139,7 +162,7 @@ class Longer:
         for cover, mass_K in zip(self.covers, self.masses, strict=True):
             # beside the path over the tokens between, or at its end
             path = sum(logp[cover.start : cover.at]) - sum(logp[cover.at : cover.start])
-            part = cover.rests.cpu(), mass_K * math.exp(min(path, 600.0))
+            part = self._going_on(cover, mass_K * math.exp(min(path, 600.0)))
             if cover.inside is not None:
                 inside.setdefault((cover.inside, cover.start), []).append(part)
             elif float(part[1].sum()) > 0.1 * CARRY_FROM:
@@ -155,15 +178,30 @@ class Longer:
                 laws[at] = law
         return beside, laws
 
+    def _going_on(self, cover: _Cover, mass_K: Tensor) -> tuple[Tensor, Tensor]:
+        """The events of a cover, and the mass of each."""
+        parts = [(cover.rests.cpu(), mass_K)]
+        for i, (ids, share_J) in self.after.get(cover.at, {}).items():
+            of_it_K = (cover.ids.cpu() == i) & (parts[0][0] >= 0)
+            rest, mass = self.side.spelling[i][len(cover.text) :], mass_K[of_it_K].sum()
+            mass_K = mass_K.masked_fill(of_it_K, 0.0)
+            parts[0] = parts[0][0], mass_K
+            if mass > 0:
+                events = [self.side.event_on(rest, self.side.spelling[j]) for j in ids]
+                parts.append((torch.tensor(events, dtype=torch.int64), mass * share_J))
+        events, masses = zip(*parts, strict=True)
+        return torch.cat(events), torch.cat(masses)
+
 
 class _Branch(NamedTuple):
-    """A token other than the completion's after all before it: `Longer.branches`.
+    """A token other than the completion's, at `at` after all before it: `Longer.branches`.
 
     Its chunk ends before token `end`, `left` is what is missing of its text, `mass` its probability
     beside that of the path that was taken, 1.
     """
 
     row: list[int]
+    at: int
     end: int
     left: bytes
     mass: float
@@ -203,10 +241,27 @@ def _begins(reading: Reading, side: Side) -> list[_Begin]:
     return found
 
 
+class _Next(NamedTuple):
+    """What follows a token: the likeliest ids, and the share of each, float64."""
+
+    ids: list[int]
+    share_J: Tensor
+
+
+def _nexts(prob_NV: Tensor) -> list[_Next]:
+    """Of each row; rare tokens are left out, and the rest scaled up."""
+    least_N1 = (prob_NV.amax(1, keepdim=True) / 2).clamp(max=FOLLOW_FROM)
+    row_K, id_K = (prob_NV > least_N1).nonzero().unbind(1)
+    counts = row_K.bincount(minlength=len(prob_NV)).tolist()
+    masses = prob_NV[row_K, id_K].cpu().double().split(counts)
+    every = zip(id_K.cpu().split(counts), masses, strict=True)
+    return [_Next(ids_J.tolist(), mass_J / mass_J.sum()) for ids_J, mass_J in every]
+
+
 class _Cover(NamedTuple):
     """Tokens that begin at token `at` and reach over a boundary, and the events of their rests.
 
-    The boundary is the start of the chunk at token `start`, or stands inside it before the student's
+    `text` is what they begin with, up to the boundary. That is the start of the chunk at token `start`, or stands inside it before the student's
     token `inside`. There tokens that end at the boundary or before are among them, with a rest of -1:
     what they say of the text after it is not known.
     """
@@ -214,8 +269,15 @@ class _Cover(NamedTuple):
     start: int
     inside: int | None
     at: int
+    text: bytes
     ids: Tensor
     rests: Tensor
+
+
+def _is_own(cover: _Cover, reading: Reading, side: Side) -> bool:
+    """The completion's token is one of those that reach over the boundary."""
+    spelled = side.spelling[reading.ids[cover.at]]
+    return spelled.startswith(cover.text) and len(spelled) > len(cover.text)
 
 
 def _covers(reading: Reading, side: Side) -> list[_Cover]:
@@ -244,7 +306,7 @@ Passed = Sequence[tuple[int, int]]  # boundaries on the way: bytes from there, a
 
 def _before(
     reading: Reading, side: Side, start: int, text: bytes, told: Passed
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Iterator[tuple[int, bytes, Tensor, Tensor]]:
     """Tokens that begin before `start` and reach over the `text` there."""
     shared, told = {0, *reading.starts}, list(told)
     for at in range(start - 1, -1, -1):
@@ -255,14 +317,14 @@ def _before(
         event = _taken(reading, side, at) if at in shared else None
         ids, rests = _told_apart(side, text, event, told)
         if len(ids):
-            yield at, ids, rests
+            yield at, text, ids, rests
         if event is not None:
             told.append((len(text), event))
 
 
 def _behind(
     reading: Reading, side: Side, start: int, text: bytes, told: Passed
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Iterator[tuple[int, bytes, Tensor, Tensor]]:
     """Tokens that begin at `start`, or behind it, and reach over the `text` there, or end in it."""
     for at in range(start, len(reading.ids)):
         taken = side.spelling[reading.ids[at]]
@@ -274,7 +336,7 @@ def _behind(
             i for i in _shorter(side, text, event) if not (goes_on and side.spelling[i] == taken)
         ]
         unknown = rests.new_full((len(ends),), -1)
-        yield at, torch.cat([ids, ids.new_tensor(ends)]), torch.cat([rests, unknown])
+        yield at, text, torch.cat([ids, ids.new_tensor(ends)]), torch.cat([rests, unknown])
         if not goes_on:
             break
         text = text[len(taken) :]

@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 __all__ = ["CHUNK", "EVENTS", "Events", "Measures", "Side", "Vocabulary", "match", "measure"]
 
 EVENTS = ("prefix", "strict", "byte")  # of what comes next
+KEPT = 2**18  # events of texts
 CHUNK = "chunk"  # no more than whether the observed chunk comes next
 
 
@@ -45,6 +46,7 @@ class Side:
     """One side's map from token ids to events.
 
     Args:
+        event_bytes: see `Events`.
         identity: the ids themselves are the events.
         event_V: int64, the event of each id; `n_events` stands for *other*, that is no event.
         column_V: int64, the same as columns of `project`.
@@ -60,7 +62,7 @@ class Side:
             what it has made so far.
     """
 
-    n_events: int
+    event_bytes: tuple[bytes, ...] = field(repr=False)
     identity: bool
     event_V: Tensor
     column_V: Tensor
@@ -78,6 +80,10 @@ class Side:
     known: dict[tuple[bytes, int | None], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    @property
+    def n_events(self) -> int:
+        return len(self.event_bytes)
 
     def to(self, device: torch.device) -> Side:
         moved: dict[str, Any] = {
@@ -131,6 +137,16 @@ class Side:
                 merged = self.event_V[ids] == event
                 self.known[text, event] = ids[merged], self.longer(text, None)[1][merged]
         return self.known[text, event]
+
+    def event_on(self, rest: bytes, more: bytes) -> int:
+        """The event of a `rest` that goes on with a token `more`: of both if one event takes both in.
+
+        So three spaces and `return` go on with ` return` after the first two.
+        """
+        event = self.event_of(rest + more)
+        if event < self.n_events and len(self.event_bytes[event]) > len(rest):
+            return event
+        return self.event_of(rest)
 
     def begins(self, text: bytes) -> list[int]:
         """Ids of the tokens that `text` begins with, itself among them."""
@@ -336,7 +352,7 @@ def _events_of(
         size = 1 if kind == "byte" else None
         return [lambda text: index.get(text[:size], n_events)] * 2
 
-    @cache
+    @lru_cache(KEPT)
     def by_prefix(side: int, text: bytes) -> int:
         """The text itself, else what its first piece is on the other side, else a prefix."""
         if fold(text) in index:
@@ -375,7 +391,7 @@ def _side(
     low_high_V2 = torch.tensor([ranges.get(text, (0, 0)) for text in spelling], dtype=torch.int64)
     event_V, shared_V = torch.tensor(event, dtype=torch.int64), torch.tensor(shared)
     return Side(
-        n_events=len(names),
+        event_bytes=tuple(names),
         identity=event_of is None,
         event_V=event_V,
         column_V=event_V + (event_V == len(names)),

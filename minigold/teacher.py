@@ -196,12 +196,12 @@ def read_states(
             end_logp = float(logits_NV[-1].log_softmax(-1)[list(end_ids)].logsumexp(0))
         prob_NV = logits_NV.softmax(-1)
         best.append(tuple(prob_NV.max(-1)))
+        longer.add(prob_NV)
         ids_N = ids_T[start : start + block]
         logits_NV, prob_NV = logits_NV[: len(ids_N)], prob_NV[: len(ids_N)]
         logp_N = logp_of(logits_NV, prob_NV, ids_N)
         logps.append(logp_N)
         measures.append(_measured(prob_NV, logp_N, ids_N, side))
-        longer.add(prob_NV)
     logp_T = torch.cat(logps).cpu()
     best_prob_M, best_id_M = (torch.cat(part).cpu() for part in zip(*best, strict=True))
     branches = longer.branches(logp_T.tolist())

@@ -75,6 +75,13 @@ class SlowSide:
                     return event
         return self.n_events
 
+    def event_on(self, rest: bytes, more: bytes) -> int:
+        """Of the events that `rest + more` begins with the longest, if it is longer than `rest`."""
+        for k in range(len(rest + more), len(rest), -1):
+            if (found := self.event_of((rest + more)[:k])) != self.event_of((rest + more)[: k - 1]):
+                return found
+        return self.event_of(rest)
+
     def carry(self, prob: Sequence[float], over: bytes, event: int | None) -> dict[int, float]:
         """Mass of tokens that strictly extend `over`, by the event of what they add.
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigold.batch import Rollout, pack
-from minigold.carry import Inside, Longer, Reading
+from minigold.carry import Carried, Inside, Longer, Reading
 from minigold.config import Config
 from minigold.evaluate import forward_kl
 from minigold.events import Events, match
@@ -22,10 +22,11 @@ from minigold.loss import FIRST, ChunkRows, chunk_losses, gold_loss
 from minigold.masked import choose_chunks, chunk_weights, train_pass
 from minigold.offsets import BROKEN, Vocabulary
 from minigold.pair import Pair, make_pair, matched
+from minigold.teacher import score
 from reference_losses import SlowSide
 from test_events import TEXTS, words
 from test_pair import side
-from test_teacher import PROMPT, drawn_text, slow_carried
+from test_teacher import PROMPT, LastTokenModel, drawn_text, following_of, slow_carried
 from test_train import (
     CONFIG,
     broken_rollout,
@@ -149,10 +150,98 @@ def test_the_students_token_tells_longer_ones_apart_not_the_teachers() -> None:
         assert set(longer.carried([math.log(0.01), math.log(0.5)])[0]) == starts
 
 
+LINE = b"\n   "  # the student writes the last space with the word
+
+
+def lines() -> tuple[Events, LastTokenModel]:
+    """The teacher writes four spaces, `return` or `if`; the student three, ` return` or ` if`."""
+    student = words(LINE, "\n", " return", " if", " ", "   ", "x", "return", pieces={b"\n": LINE})
+    teacher = words(
+        "\n", "    ", "return", "if", "      ", "x", "   ", " ", " return", " if",
+        pieces={LINE: b"\n"},
+    )  # fmt: skip
+    rows = torch.full((11, 11), 1e-9)
+    rows[PROMPT[-1], 0] = rows[4, 2] = rows[2, 5] = rows[5, 5] = rows[6, 2] = 1.0
+    rows[0, 1], rows[0, 4], rows[0, 6] = 0.94, 0.05, 0.01
+    rows[1, 2], rows[1, 3] = 0.7, 0.3
+    return match(student, teacher), LastTokenModel(rows)
+
+
+def events_of(law: Carried, events: Events) -> dict[bytes, float]:
+    names = [events.event_bytes[e] for e in law.event_K.tolist()]
+    return dict(zip(names, law.mass_K.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_the_rest_of_a_token_goes_on_with_what_follows_it(branch: bool) -> None:
+    """They write the same texts, and that the teacher's token ends in the space says nothing against.
+
+    It is the one that the teacher read, or another one that the chunk begins with.
+    """
+    events, model = lines()
+    one = Inside(1, 0, [(LINE, events.student.event_of(LINE))])
+    reading = Reading(PROMPT, [0, 4 if branch else 1, 2], [3], inside=[one])
+    (got,) = score(model, [reading], end_ids=[10], side=events.teacher, other_paths=True)
+    want = {b" return": 0.94 * 0.7 / 0.99, b" if": 0.94 * 0.3 / 0.99, b" ": 0.05 / 0.99}
+    assert events_of(got.inside[1], events) == pytest.approx(want, abs=1e-6)
+
+
+def test_the_rest_of_a_token_over_a_chunks_start_goes_on_too() -> None:
+    """The student forgot the last space; the teacher reads three, and had meant four and a word."""
+    events, model = lines()
+    reading = Reading(PROMPT, [0, 6, 2], [2])
+    (got,) = score(model, [reading], end_ids=[10], side=events.teacher, other_paths=True)
+    want = {b" return": 0.94 * 0.7, b" if": 0.94 * 0.3, b" ": 0.05}
+    assert events_of(got.carried[2], events) == pytest.approx(want, abs=1e-6)
+    assert model.n_read == 1 + 1  # `      ` has too little
+    (plain,) = score(model, [reading], end_ids=[10], side=events.teacher)
+    assert events_of(plain.carried[2], events) == pytest.approx({b" ": 0.99}, abs=1e-6)
+
+
+def known_after(
+    prob: list[list[float]], side: SlowSide, reading: Reading, after: list[list[float]] | None,
+    at: int, i: int,
+) -> dict[bytes, float]:  # fmt: skip
+    """What follows a token in place of the one at `at`, as far as it is read; else nothing more."""
+    starts, text = [0, *reading.starts], side.texts[i]
+    if i == reading.ids[at]:
+        return following_of(prob[at + 1], side)
+    begin = max(k for k in starts if k <= at)
+    end = min([k for k in starts if k > at], default=None)
+    for over in (k for k in reading.starts if k > at and after):  # over a chunk's start
+        lead = b"".join(side.texts[k] for k in reading.ids[at:over])
+        on_the_way = [
+            (
+                len(b"".join(side.texts[x] for x in reading.ids[at:k])),
+                reading.taken.get(k, side.events[reading.ids[k]]),
+            )
+            for k in starts
+            if at <= k < over
+        ]
+        if (
+            text.startswith(lead)
+            and text != lead
+            and text.endswith(b" ")
+            and all(side.event_of(text[n:]) == event for n, event in on_the_way)
+        ):
+            return following_of(after[i], side)
+    if after and end is not None:  # the chunk begins with it
+        rest = b"".join(side.texts[k] for k in reading.ids[at:end])
+        event = reading.taken.get(at, side.events[reading.ids[at]])
+        told_apart = at == begin and side.event_of(text) != event
+        if text and rest.startswith(text) and rest != text and text != side.texts[reading.ids[at]]:
+            return {b"": 1.0} if told_apart else following_of(after[i], side)
+    return {b"": 1.0}
+
+
 def slow_inside(
-    prob: list[list[float]], side: SlowSide, reading: Reading, one: Inside
-) -> tuple[dict[int, float], float]:
-    """Every token that reaches over the boundary, from every position; and the mass that is unknown."""
+    prob: list[list[float]], side: SlowSide, reading: Reading, one: Inside,
+    after: list[list[float]] | None,
+) -> tuple[dict[int, float], float]:  # fmt: skip
+    """Every token that reaches over the boundary, from every position; and the mass that is unknown.
+
+    What is known to follow it is what its rest goes on with.
+    """
     starts, text = (0, *reading.starts), b"".join(spelled for spelled, _ in one.taken)
     edges = [len(b"".join(x for x, _ in one.taken[:k])) for k in range(len(one.taken))]
     spelled = [side.texts[i] for i in reading.ids]
@@ -183,11 +272,13 @@ def slow_inside(
             for edge, (_, event) in zip(edges, one.taken, strict=True)
             if offset + edge > 0 or (at <= one.start and offset + edge == 0)
         ]
-        for own, p in zip(side.texts, prob[at], strict=True):
+        for i, (own, p) in enumerate(zip(side.texts, prob[at], strict=True)):
             if own.startswith(lead + left) and len(own) > len(lead + left):
                 if all(side.event_of(own[n:]) == event for n, event in told):
-                    rest = side.event_of(own[len(lead + left) :])
-                    masses[rest] = masses.get(rest, 0.0) + p * path
+                    more = known_after(prob, side, reading, after, at, i)
+                    for text_on, share in more.items():
+                        rest = side.event_on(own[len(lead + left) :], text_on)
+                        masses[rest] = masses.get(rest, 0.0) + p * path * share
             elif at >= one.start and own and left.startswith(own):
                 goes_on = own == spelled[at] and left.startswith(spelled[at])
                 if not goes_on and (at > one.start or side.event_of(own) == one.taken[0][1]):
@@ -195,9 +286,9 @@ def slow_inside(
     return masses, unknown
 
 
-@given(TEXTS, TEXTS, st.integers(0, 2**32 - 1))
+@given(TEXTS, TEXTS, st.integers(0, 2**32 - 1), st.booleans())
 def test_laws_inside_equal_the_slow_version(
-    ours: list[bytes], theirs: list[bytes], seed: int
+    ours: list[bytes], theirs: list[bytes], seed: int, other_paths: bool
 ) -> None:
     student, teacher = words(*ours, "a"), words(*theirs, "a")
     events = match(student, teacher)
@@ -212,18 +303,23 @@ def test_laws_inside_equal_the_slow_version(
     taken = [(names.spelling[i], int(names.event_V[i])) for i in drawn[:n_taken]]
     one = Inside(9, start, taken)
     reading = Reading(PROMPT, ids, starts, taken={start: taken[0][1]}, inside=[one])
-    prob = torch.randn(5, len(theirs) + 2, generator=g).double().softmax(-1)
-    logp = [float(row[i].log()) for row, i in zip(prob, ids, strict=True)]
+    after = torch.randn(len(theirs) + 2, len(theirs) + 2, generator=g).double().softmax(-1)
+    prob = [after[PROMPT[-1]].tolist(), *(after[i].tolist() for i in ids)]
     side = SlowSide(teacher.token_bytes, teacher.roles, events.event_bytes[:-1], {})
-    want, unknown = slow_inside(prob.tolist(), side, reading, one)
-    beside = slow_carried(prob.tolist(), side, ids, starts)[start] if start else {}
+    rows = after.tolist() if other_paths else None
+    want, unknown = slow_inside(prob, side, reading, one, rows)
+    beside = slow_carried(prob, side, ids, starts, rows)[start] if start else {}
     known = sum(want.values())
     for least, mostly in ((0.0, 0.0), (0.05, 0.9)):
-        longer = Longer(reading, events.teacher)
-        with patch("minigold.carry.INSIDE_FROM", least), patch("minigold.carry.MOSTLY", mostly):
-            for row in prob:
-                longer.add(row[None])
-            got = longer.carried(logp)[1].get(9)
+        with (
+            patch("minigold.carry.INSIDE_FROM", least), patch("minigold.carry.MOSTLY", mostly),
+            patch("minigold.carry.BRANCH_FROM", 0.0),
+        ):  # fmt: skip
+            (result,) = score(
+                LastTokenModel(after), [reading], end_ids=[len(theirs) + 1], side=events.teacher,
+                other_paths=other_paths,
+            )  # fmt: skip
+        got = result.inside.get(9)
         share = known * (1 - sum(beside.values()))
         edge = (
             share / 0.05 if least else 1e9,

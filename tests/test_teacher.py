@@ -196,7 +196,7 @@ def test_a_teacher_in_process_is_asked_for_other_paths() -> None:
 
 
 TEXTS = st.lists(
-    st.text(alphabet="ab", min_size=1, max_size=4).map(str.encode),
+    st.text(alphabet="ab ", min_size=1, max_size=4).map(str.encode),
     min_size=2,
     max_size=9,
     unique=True,
@@ -212,7 +212,8 @@ def slow_carried(
     It has to have gone along with the event that was taken at every shared boundary on the way.
 
     Args:
-        after: what follows each token: then other tokens that a chunk begins with are followed, too.
+        after: what follows each token: then other tokens that a chunk begins with are followed, too,
+            and those over its start that end in a space.
     """
     found = {}
     for start in starts:
@@ -229,12 +230,25 @@ def slow_carried(
                     if k in (0, *starts)
                 ]
                 if all(side.event_of(text[n:]) == side.events[i] for n, i in on_the_way):
-                    rest = side.event_of(text[len(between) :])
-                    masses[rest] = masses.get(rest, 0.0) + p / path
+                    rest, following = text[len(between) :], {b"": 1.0}
+                    if after and text.endswith(b" "):
+                        following = following_of(after[side.texts.index(text)], side)
+                    for more, share in following.items():
+                        event = side.event_on(rest, more)
+                        masses[event] = masses.get(event, 0.0) + p / path * share
         for event, mass in slow_other_paths(prob, side, ids, starts, start, after):
             masses[event] = masses.get(event, 0.0) + mass
         known = 1 + sum(masses.values())
         found[start] = {event: mass / known for event, mass in masses.items()}
+    return found
+
+
+def following_of(row: list[float], side: SlowSide) -> dict[bytes, float]:
+    """What is said next, without the rarest tokens; ids without a text, too, say nothing more."""
+    least, found = min(1e-4, max(row) / 2), {}
+    for text, p in zip(side.texts, row, strict=True):
+        if p > least:
+            found[text] = found.get(text, 0.0) + p / sum(x for x in row if x > least)
     return found
 
 
