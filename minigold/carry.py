@@ -113,27 +113,27 @@ class Longer:
         self.n_done += len(prob_NV)
 
     def branches(self, logp: Sequence[float]) -> list[_Branch]:
-        """Other tokens that much speaks for: as such, and beside those of the completion.
+        """Other tokens that much speaks for, which are read on from.
 
-        Those that begin like the rest of their chunk, and those over its end that end in a space:
-        which word follows it is not known, and the student may have a token for both.
+        Those that begin like the rest of their chunk; and those over a chunk's start that end in a
+        space, since the student may have one token for it and the word that follows.
         """
-        found = []
+        found: dict[tuple[int, int], _Branch] = {}
         for one, mass_K in zip(self.begins, self.begun, strict=True):
             path = math.exp(min(-sum(logp[one.at : one.end]), 600.0))
             before = math.exp(sum(logp[one.start : one.at]))
             for i, mass in zip(one.ids.tolist(), mass_K.tolist(), strict=True):
                 left = one.text[len(self.side.spelling[i]) :]
                 if left and before * mass > BRANCH_FROM:
-                    found.append(_Branch(self._row(one.at, i), one.at, one.end, left, mass * path))
-        spaced: dict[tuple[int, int], _Branch] = {}
+                    row = self._row(one.at, i)
+                    found[one.at, i] = _Branch(row, one.at, one.end, left, mass * path)
         for cover, mass_K in zip(self.covers, self.masses, strict=True):
             if cover.inside is None and self.other_paths:
                 for i in cover.ids.cpu()[mass_K > BRANCH_FROM].tolist():
                     if self.side.spelling[i].endswith(b" "):
                         row = self._row(cover.at, i)
-                        spaced[cover.at, i] = _Branch(row, cover.at, cover.start, b"", 0.0)
-        return [*found, *spaced.values()]
+                        found[cover.at, i] = _Branch(row, cover.at, cover.start, b"", 0.0)
+        return list(found.values())
 
     def _row(self, at: int, i: int) -> list[int]:
         return [*self.reading.prompt_ids, *self.reading.ids[:at], i]
@@ -180,24 +180,23 @@ class Longer:
 
     def _going_on(self, cover: _Cover, mass_K: Tensor) -> tuple[Tensor, Tensor]:
         """The events of a cover, and the mass of each."""
-        parts = [(cover.rests.cpu(), mass_K)]
+        events, masses = [cover.rests.cpu()], [mass_K]
         for i, (ids, share_J) in self.after.get(cover.at, {}).items():
-            of_it_K = (cover.ids.cpu() == i) & (parts[0][0] >= 0)
-            rest, mass = self.side.spelling[i][len(cover.text) :], mass_K[of_it_K].sum()
-            mass_K = mass_K.masked_fill(of_it_K, 0.0)
-            parts[0] = parts[0][0], mass_K
-            if mass > 0:
-                events = [self.side.event_on(rest, self.side.spelling[j]) for j in ids]
-                parts.append((torch.tensor(events, dtype=torch.int64), mass * share_J))
-        events, masses = zip(*parts, strict=True)
+            of_it_K = (cover.ids.cpu() == i) & (events[0] >= 0)
+            if of_it_K.any():
+                rest = self.side.spelling[i][len(cover.text) :]
+                goes_on = [self.side.event_on(rest, self.side.spelling[j]) for j in ids]
+                events.append(torch.tensor(goes_on, dtype=torch.int64))
+                masses.append(mass_K[of_it_K] * share_J)
+                masses[0] = masses[0].masked_fill(of_it_K, 0.0)
         return torch.cat(events), torch.cat(masses)
 
 
 class _Branch(NamedTuple):
     """A token other than the completion's, at `at` after all before it: `Longer.branches`.
 
-    Its chunk ends before token `end`, `left` is what is missing of its text, `mass` its probability
-    beside that of the path that was taken, 1.
+    Its chunk ends before token `end`, `left` is what is missing of its text (nothing if it reaches
+    over the end), `mass` its probability beside that of the path that was taken, 1.
     """
 
     row: list[int]

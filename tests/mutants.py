@@ -1013,9 +1013,41 @@ MUTANTS = (
     # another path is as likely as the one that was taken
     Mutant(
         "minigold/carry.py",
-        "found.append(_Branch(row, one.end, left, mass * path))",
-        "found.append(_Branch(row, one.end, left, mass))",
+        "_Branch(row, one.at, one.end, left, mass * path)",
+        "_Branch(row, one.at, one.end, left, mass)",
         "tests/test_teacher.py",
+    ),
+    # what follows a longer token is not looked at
+    Mutant(
+        "minigold/events.py",
+        "event < self.n_events and len(self.event_bytes[event]) > len(rest)",
+        "event < 0",
+        "tests/test_carry.py",
+    ),
+    # ... of the token that was read
+    Mutant("minigold/carry.py", "if at in self.wanted]", "if at in ()]", "tests/test_carry.py"),
+    # ... or is what comes before it
+    Mutant(
+        "minigold/carry.py",
+        "before = range(self.n_done - 1, self.n_done - 1 + len(prob_NV))",
+        "before = range(self.n_done, self.n_done + len(prob_NV))",
+        "tests/test_carry.py",
+    ),
+    # ... of tokens on another path
+    Mutant(
+        "minigold/carry.py",
+        "self.after.setdefault(one.at, {})[one.row[-1]] = after",
+        "pass",
+        "tests/test_carry.py",
+    ),
+    # ... of tokens that end in a space
+    Mutant("minigold/carry.py", 'endswith(b" "):', 'endswith(b"\\0"):', "tests/test_carry.py"),
+    # ... or it counts beside the rest alone
+    Mutant(
+        "minigold/carry.py",
+        "masked_fill(of_it_K, 0.0)",
+        "masked_fill(of_it_K & False, 0.0)",
+        "tests/test_carry.py",
     ),
     # a token that was told apart where the chunk starts is another path, too
     Mutant(
