@@ -101,6 +101,8 @@ class Rollout:
         student_stay_C, teacher_stay_C: float64, nats, ln(1 - overhang) at the chunk's start, as far
             as it is carried over: 0 where the events carry nothing.
         overhang_C: float64, 0 to 1, at the chunk's start: the larger of the two sides.
+        reach_C: int64, how many tokens before the chunk a longer token of the student's can stand for,
+            which says how the text goes on.
         starts_C: bool, both models have read the same bytes before the chunk. Not where the student's
             token before it only began a character: the teacher has read U+FFFD, and what the
             student gives the chunk is what broke the character, which is compared already.
@@ -117,6 +119,7 @@ class Rollout:
     student_stay_C: Array
     teacher_stay_C: Array
     overhang_C: Array
+    reach_C: Array
     starts_C: Array
     student_measures_S5: Array
     teacher_measures_T5: Array
@@ -235,6 +238,7 @@ def rollout_of(
         student_stay_C,
         teacher_stay_C,
         overhang_C,
+        _reach(answer, events, student_stay_C),
         np.append(True, breaks_C == 0)[: len(breaks_C)],
         student_measures_S5,
         teacher_measures_T5,
@@ -290,12 +294,35 @@ def _inside(answer: Answer, events: Events, event_S: Sequence[int]) -> list[Insi
     breaks_C = _breaks_after(answer, events)
     for c in np.flatnonzero((chunks.flaw == EXACT) | (breaks_C > 0)).tolist():
         first, stop = int(chunks.s0[c]), int(chunks.s1[c] + breaks_C[c])
-        taken = [(spelling[answer.ids[s]], event_S[s]) for s in range(first, stop - 1)]
-        if all(text for text, _ in taken):
-            found += [
-                Inside(first + n, int(chunks.t0[c]), taken[:n]) for n in range(1, len(taken) + 1)
-            ]
+        tokens = [(spelling[answer.ids[s]], event_S[s]) for s in range(first, stop)]
+        if all(text for text, _ in tokens[:-1]):
+            for n in range(1, len(tokens)):
+                spaced = events.student.has(tokens[n - 1][0] + b" ")
+                taken = tokens[:n]
+                found.append(Inside(first + n, int(chunks.t0[c]), taken, tokens[n], spaced))
     return found
+
+
+def _reach(answer: Answer, events: Events, stay_C: Array) -> Array:
+    """int64 [C], tokens before each chunk, see `Rollout.reach_C`; of exact chunks alone."""
+    chunks, side = answer.chunks, events.student
+    found_C = (-np.expm1(stay_C) > CARRY_FROM).astype(np.int64)  # one: if its mass matters
+    if not events.carries:
+        return found_C
+    chunk_of = {s: c for c, s in enumerate(chunks.s0.tolist())}
+    exact_S = np.repeat(chunks.flaw == EXACT, chunks.s1 - chunks.s0)
+    for s in np.flatnonzero(exact_S).tolist():
+        path, text = [(answer.ids[s], s not in chunk_of)], side.spelling[answer.ids[s]]
+        for stop in range(s + 1, len(exact_S)):
+            if not side.goes_on(text):
+                break
+            if stop > s + 1 and stop in chunk_of and len(side.over([path])[1]):
+                found_C[chunk_of[stop]] = max(found_C[chunk_of[stop]], stop - s)
+            if not exact_S[stop]:
+                break
+            path.append((answer.ids[stop], stop not in chunk_of))
+            text += side.spelling[answer.ids[stop]]
+    return found_C
 
 
 def _is_one_event(answer: Answer, chunks: Chunks, events: Events) -> Array:
@@ -402,8 +429,8 @@ def _comparisons(rollout: Rollout, c: int) -> list[tuple[StudentRows, Carried | 
     chunks, score = rollout.chunks, rollout.score
     first, stop = int(chunks.s0[c]), int(rollout.last_C[c]) + 1
     rows = [(first, FIRST), *((place, REST) for place in range(first + 1, stop))]
-    if -np.expm1(rollout.student_stay_C[c]) > CARRY_FROM:  # its longer tokens over the start matter
-        rows.insert(0, (first - 1, INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE))
+    before = range(first - int(rollout.reach_C[c]), first)
+    rows = [*((s, BEFORE if s in chunks.s0 else INSIDE) for s in before), *rows]
     start = rows, score.carried.get(int(chunks.t0[c]))
     inside = [s for s in range(first + 1, stop) if s in score.inside]
     return [start, *(([(s, FIRST)], score.inside[s]) for s in inside)]

@@ -39,11 +39,16 @@ class Inside(NamedTuple):
         start: the teacher token at the chunk's start.
         taken: the student's tokens from the chunk's start to here, at least one: the bytes and the
             event of each.
+        follows: bytes and event of the student's token after it.
+        spaced: the student has a token for the last of these and one space more. If two or more were
+            to come, it would have taken that or a longer one: tokens that say so have no say here.
     """
 
     at: int
     start: int
     taken: Sequence[tuple[bytes, int]]
+    follows: tuple[bytes, int] = (b"", 0)
+    spaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ class Longer:
             path = sum(logp[cover.start : cover.at]) - sum(logp[cover.at : cover.start])
             part = self._going_on(cover, mass_K * math.exp(min(path, 600.0)))
             if cover.inside is not None:
-                inside.setdefault((cover.inside, cover.start), []).append(part)
+                inside.setdefault((cover.inside.at, cover.start), []).append(part)
             elif float(part[1].sum()) > 0.1 * CARRY_FROM:
                 starts.setdefault(cover.start, []).append(part)
         for start, part in self.followed:
@@ -184,12 +189,24 @@ class Longer:
         for i, (ids, share_J) in self.after.get(cover.at, {}).items():
             of_it_K = (cover.ids.cpu() == i) & (events[0] >= 0)
             if of_it_K.any():
-                rest = self.side.spelling[i][len(cover.text) :]
-                goes_on = [self.side.event_on(rest, self.side.spelling[j]) for j in ids]
+                rest, whole = self.side.spelling[i][len(cover.text) :], self._behind(cover)
+                texts = [rest + self.side.spelling[j] for j in ids]
+                own = cover.next_event(rest, self.side.event_on(rest, whole[len(rest) :]))
+                goes_on = [
+                    own if whole.startswith(one) else self.side.event_on(rest, one[len(rest) :])
+                    for one in texts
+                ]
+                apart_J = torch.tensor([cover.tells_apart(one) for one in texts])
                 events.append(torch.tensor(goes_on, dtype=torch.int64))
-                masses.append(mass_K[of_it_K] * share_J)
+                masses.append((mass_K[of_it_K] * share_J).masked_fill(apart_J, 0.0))
                 masses[0] = masses[0].masked_fill(of_it_K, 0.0)
         return torch.cat(events), torch.cat(masses)
+
+    def _behind(self, cover: _Cover) -> bytes:
+        """The text itself behind the boundary, as far as a token can reach."""
+        ids = self.reading.ids[cover.at : cover.at + len(cover.text) + self.side.longest]
+        text = b"".join(self.side.spelling[i] for i in ids)
+        return text[len(cover.text) :][: self.side.longest]
 
 
 class _Branch(NamedTuple):
@@ -266,11 +283,20 @@ class _Cover(NamedTuple):
     """
 
     start: int
-    inside: int | None
+    inside: Inside | None
     at: int
     text: bytes
     ids: Tensor
     rests: Tensor
+
+    def next_event(self, rest: bytes, other: int) -> int:
+        """Of the text itself after the boundary: what the student took there, if it is longer than the `rest`."""
+        spelled, event = (b"", other) if self.inside is None else self.inside.follows
+        return event if len(spelled) > len(rest) else other
+
+    def tells_apart(self, rest: bytes) -> bool:
+        """Whether the student would not have made this boundary, see `Inside.spaced`."""
+        return self.inside is not None and self.inside.spaced and rest.startswith(b"  ")
 
 
 def _is_own(cover: _Cover, reading: Reading, side: Side) -> bool:
@@ -286,17 +312,18 @@ def _covers(reading: Reading, side: Side) -> list[_Cover]:
         for start in reading.starts
         for one in _before(reading, side, start, b"", [])
     ]
-    for at, start, taken in reading.inside:
-        text = b"".join(spelled for spelled, _ in taken)
+    for one in reading.inside:
+        text = b"".join(spelled for spelled, _ in one.taken)
         told, size = [], len(text)
-        for spelled, event in taken:
+        for spelled, event in one.taken:
             told.append((size, event))
             size -= len(spelled)
         for before_or_behind in (_before, _behind):
-            found += [
-                _Cover(start, at, *one)
-                for one in before_or_behind(reading, side, start, text, told)
-            ]
+            for part in before_or_behind(reading, side, one.start, text, told):
+                cover = _Cover(one.start, one, *part)
+                rests = [side.spelling[i][len(cover.text) :] for i in cover.ids.tolist()]
+                keep = [not cover.tells_apart(rest) for rest in rests]
+                found.append(cover._replace(ids=cover.ids[keep], rests=cover.rests[keep]))
     return sorted(found, key=attrgetter("at"))
 
 
@@ -314,7 +341,7 @@ def _before(
         if at in reading.opaque or not spelled or len(text) >= side.longest:
             break
         event = _taken(reading, side, at) if at in shared else None
-        ids, rests = _told_apart(side, text, event, told)
+        ids, rests = side.longer(text, event, tuple(told))
         if len(ids):
             yield at, text, ids, rests
         if event is not None:
@@ -330,7 +357,7 @@ def _behind(
         goes_on = bool(taken) and text.startswith(taken)
         event = told[0][1] if at == start else None
         apart = [one for one in told if one[0] < len(text)]
-        ids, rests = _told_apart(side, text, event, apart)
+        ids, rests = side.longer(text, event, tuple(apart))
         ends = [
             i for i in _shorter(side, text, event) if not (goes_on and side.spelling[i] == taken)
         ]
@@ -350,18 +377,6 @@ def _taken(reading: Reading, side: Side, at: int) -> int:
 def _shorter(side: Side, text: bytes, event: int | None) -> list[int]:
     """Tokens that the text begins with, itself among them; with an `event` those of this event."""
     return [i for i in side.begins(text) if event in (None, side.event_of(side.spelling[i]))]
-
-
-def _told_apart(side: Side, text: bytes, event: int | None, told: Passed) -> tuple[Tensor, Tensor]:
-    """The longer tokens that took the same event as the text at every boundary so far."""
-    ids, rests = side.longer(text, event)
-    if not (told and len(ids)):
-        return ids, rests
-    same = [
-        all(side.event_of(side.spelling[i][len(text) - n :]) == one for n, one in told)
-        for i in ids.tolist()
-    ]
-    return ids[same], rests[same]
 
 
 def _masses(prob_NV: Tensor, start: int, wanted: Sequence[_Cover | _Begin]) -> list[Tensor]:

@@ -77,9 +77,7 @@ class Side:
     longest: int
     keys: list[bytes] = field(repr=False)
     nothing: tuple[Tensor, Tensor] = field(repr=False)
-    known: dict[tuple[bytes, int | None], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    known: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_events(self) -> int:
@@ -119,34 +117,59 @@ class Side:
         """Events as columns of `project`."""
         return event_K + (event_K == self.n_events)
 
-    def longer(self, text: bytes, event: int | None) -> tuple[Tensor, Tensor]:
+    def longer(
+        self, text: bytes, event: int | None, told: tuple[tuple[int, int], ...] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Ids of the tokens that strictly extend `text`, and the event of what they add; int64.
 
         With an `event` only tokens of this event: where a token of it was taken at a shared
         boundary, all others were told apart from it there.
+
+        Args:
+            told: the same for shared boundaries in the `text`: bytes from there to its end, and the
+                event that was taken.
         """
         low, high = _extensions(text, self.keys)
         if low == high:
             return self.nothing
-        if (text, event) not in self.known:
+        if (text, event, told) not in self.known:
             ids = self.sorted_U[low:high]
-            if event is None:
-                rests = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
-                self.known[text, event] = ids, self.sorted_U.new_tensor(rests)
-            else:
-                merged = self.event_V[ids] == event
-                self.known[text, event] = ids[merged], self.longer(text, None)[1][merged]
-        return self.known[text, event]
+            keep = torch.ones_like(ids, dtype=torch.bool)
+            if event is not None:
+                keep &= self.event_V[ids] == event
+            for size, one in told:
+                keep &= self._events_from(len(text) - size, low, high) == one
+            rests = self._events_from(len(text), low, high)
+            if len(self.known) >= KEPT:
+                self.known.clear()
+            self.known[text, event, told] = ids[keep], rests[keep]
+        return self.known[text, event, told]
+
+    def _events_from(self, at: int, low: int, high: int) -> Tensor:
+        """Of some of the sorted tokens, the event of the bytes from `at` on."""
+        parts = [self.event_of(key[at:]) for key in self.keys[low:high]]
+        return self.sorted_U.new_tensor(parts)
 
     def event_on(self, rest: bytes, more: bytes) -> int:
-        """The event of a `rest` that goes on with a token `more`: of both if one event takes both in.
+        """The event of a `rest` that goes on with a token `more`.
 
-        So three spaces and `return` go on with ` return` after the first two.
+        Only a rest that ends in a space can be part of a longer event: three spaces and `return` go
+        on with ` return` after the first two. Other words are cut alike, whatever follows them.
         """
-        event = self.event_of(rest + more)
+        event = self.event_of(rest + more if rest.endswith(b" ") else rest)
         if event < self.n_events and len(self.event_bytes[event]) > len(rest):
             return event
         return self.event_of(rest)
+
+    def goes_on(self, text: bytes) -> bool:
+        """Whether a token strictly extends the text."""
+        low, high = _extensions(text, self.keys)
+        return low < high
+
+    def has(self, text: bytes) -> bool:
+        """Whether it is a text token; not with `identity`, where nothing asks."""
+        at = bisect_left(self.keys, text)
+        return self.keys[at : at + 1] == [text]
 
     def begins(self, text: bytes) -> list[int]:
         """Ids of the tokens that `text` begins with, itself among them."""
@@ -158,25 +181,34 @@ class Side:
                 found += self.sorted_U[low:high].tolist()
         return found
 
-    def over(self, ids_N: Tensor, inside_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def over(self, paths: Sequence[Sequence[tuple[int, bool]]]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens that extend the taken ones: their mass is carried over the boundary after them.
 
         Args:
-            ids_N: int64, taken tokens.
-            inside_N: bool, the taken token does not start at a shared boundary.
+            paths: taken tokens up to the boundary, at least one; and whether each does not start at a
+                shared boundary.
 
         Returns:
-            row_J: int64, which of `ids_N` each extends, non-decreasing.
+            path_J: int64, which of `paths` each extends as one token, non-decreasing.
             id_J: int64, the longer token.
             event_J: int64, the event of what it adds.
         """
-        found = [
-            self.longer(self.spelling[i], None if inside else self.event_of(self.spelling[i]))
-            for i, inside in zip(ids_N.tolist(), inside_N.tolist(), strict=True)
-        ]
+        found = [self.longer(*self._taken(path)) for path in paths]
         id_J, event_J = (torch.cat([one[k] for one in (self.nothing, *found)]) for k in range(2))
         counts_N = torch.tensor([len(one[0]) for one in found], dtype=torch.int64)
         return torch.arange(len(found)).repeat_interleave(counts_N).to(id_J.device), id_J, event_J
+
+    def _taken(
+        self, path: Sequence[tuple[int, bool]]
+    ) -> tuple[bytes, int | None, tuple[tuple[int, int], ...]]:
+        """The text of some tokens, and what was told apart at their shared boundaries."""
+        text, told = b"", []
+        for i, inside in reversed(path):
+            text = self.spelling[i] + text
+            if not inside:
+                told.append((len(text), self.event_of(self.spelling[i])))
+        event = told.pop()[1] if not path[0][1] else None
+        return text, event, tuple(told)
 
 
 @dataclass(frozen=True)
@@ -270,7 +302,7 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
         names = tuple(student.token_bytes)
         one = _side(student, names, None)
         return Events(names, one, one, identical, kind)
-    fold = _one_space if kind in ("prefix", CHUNK) else bytes
+    fold = _one_blank if kind in ("prefix", CHUNK) else bytes
     if kind == "byte":
         texts = {bytes([byte]): bytes([byte]) for byte in range(256)}
     else:
@@ -282,7 +314,8 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
             "check that both tokenizers were read with the right decoder"
         )
     index = {fold(text): event for event, text in enumerate(names[:-1])}
-    maps = _events_of(index, fold, kind, (teacher.first_pieces, student.first_pieces))
+    pieces, spelled = (teacher.first_pieces, student.first_pieces), map(_texts, (student, teacher))
+    maps = _events_of(index, fold, kind, pieces, list(spelled))
     ours, theirs = (
         _side(one, names, event_of, alone=not identical, carries=kind == "prefix")
         for one, event_of in zip((student, teacher), maps, strict=True)
@@ -332,19 +365,19 @@ def _texts(vocabulary: Vocabulary) -> set[bytes]:
     return {text for text, role in pairs if role == "text" and text}
 
 
-def _one_space(text: bytes) -> bytes:
-    r"""The text with one space at its end in place of any number of them, if there is one.
+def _one_blank(text: bytes) -> bytes:
+    r"""The text with one space (or line break) at its end in place of any number of them.
 
-    >>> _one_space(b"\n    "), _one_space(b" a")
-    (b'\n ', b' a')
+    >>> _one_blank(b"\n    "), _one_blank(b"\n\n"), _one_blank(b" a")
+    (b'\n ', b'\n', b' a')
     """
-    stem = text.rstrip(b" ")
-    return text[: len(stem) + 1]
+    end = text[-1:]
+    return text.rstrip(end) + end if end in (b" ", b"\n") else text
 
 
 def _events_of(
     index: Mapping[bytes, int], fold: Callable[[bytes], bytes], kind: str,
-    pieces: Sequence[Mapping[bytes, bytes]],
+    pieces: Sequence[Mapping[bytes, bytes]], texts: Sequence[set[bytes]],
 ) -> list[Callable[[bytes], int]]:  # fmt: skip
     """Of each side, the event of any bytes; the number of events where there is none."""
     n_events = len(index) + 1  # the end of turn
@@ -354,11 +387,12 @@ def _events_of(
 
     @lru_cache(KEPT)
     def by_prefix(side: int, text: bytes) -> int:
-        """The text itself, else what its first piece is on the other side, else a prefix."""
+        """The text itself, else what it or its first piece is on the other side, else a prefix."""
         if fold(text) in index:
             return index[fold(text)]
-        piece = pieces[side].get(text, b"")
-        found = by_prefix(1 - side, piece) if 0 < len(piece) < len(text) else n_events
+        is_theirs = text in texts[1 - side]  # as what is left of a token can be
+        piece = text if is_theirs else pieces[side].get(text, b"")
+        found = by_prefix(1 - side, piece) if is_theirs or 0 < len(piece) < len(text) else n_events
         prefixes = (fold(text[:k]) for k in range(len(text) - 1, 0, -1) if found == n_events)
         return next((index[prefix] for prefix in prefixes if prefix in index), found)
 

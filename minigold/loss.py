@@ -12,7 +12,7 @@ comes from a model (the teacher's `teacher_logp_C` and `teacher_carry` too) is o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -61,7 +61,9 @@ class Side(Protocol):
     def event_V(self) -> Tensor: ...
     def project(self, prob_NV: Tensor, floor: float = 0.0) -> Tensor: ...
     def spread(self, grad_NX: Tensor) -> Tensor: ...
-    def over(self, ids_N: Tensor, inside_N: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def over(
+        self, paths: Sequence[Sequence[tuple[int, bool]]]
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
     def column(self, event_K: Tensor) -> Tensor: ...
 
 
@@ -99,9 +101,9 @@ class Rows:
         chunk_N: int64, the chunk of each row, non-decreasing.
         ids_N: int64, the token that was taken at each row.
         kind_N: int64. `FIRST`, one a chunk: predicts what starts at the chunk. `REST`, of
-            observed chunks: predict the rest of the chunk's tokens. `BEFORE`, at most one
-            a chunk: predicts the last token before the chunk, and is `INSIDE` instead where that
-            token does not start at a shared boundary.
+            observed chunks: predict the rest of the chunk's tokens. `BEFORE`: predict the last tokens
+            before the chunk, as many as one longer token can stand for, and are `INSIDE` instead where
+            the token does not start at a shared boundary. Those of a kind are in the order of the text.
     """
 
     place_N: Tensor
@@ -382,16 +384,11 @@ def _chunk_law(logits_NV: Tensor, rows: ChunkRows) -> Tensor:
     """
     own, prob_NV = rows.student, logits_NV.softmax(-1)
     taken_N1 = own.ids_N[:, None]
-    logp_N = logits_NV.log_softmax(-1).gather(1, taken_N1)[:, 0]
+    taken_N = prob_NV.gather(1, taken_N1)[:, 0]
     left_N = prob_NV.scatter(1, taken_N1, 0.0).sum(-1)
-    order_N = own.chunk_N.argsort(stable=True)
-    chunk_N, logp_N, left_N = own.chunk_N[order_N], logp_N[order_N], left_N[order_N]
-    before_N = logp_N.cumsum(0) - logp_N
-    first_N = torch.searchsorted(chunk_N, chunk_N)
-    none_C = logp_N.new_zeros(len(rows.observed_C))
-    else_C = none_C.index_add(0, chunk_N, (before_N - before_N[first_N]).exp() * left_N)
-    prob_C = none_C.index_add(0, chunk_N, logp_N).exp()
-    return torch.stack([prob_C + FLOOR, else_C + FLOOR, none_C], dim=1)
+    lead_N, prob_C, chunk_N = _paths(taken_N, _groups(own, rows.observed_C))
+    else_C = torch.zeros_like(prob_C).index_add(0, chunk_N, lead_N * left_N)
+    return torch.stack([prob_C + FLOOR, else_C + FLOOR, torch.zeros_like(prob_C)], dim=1)
 
 
 def _one_or_else(logp_C: Tensor) -> Tensor:
@@ -427,45 +424,62 @@ def _with_carried(law_CX: Tensor, rows: ChunkRows, side: Side) -> Tensor:
 def _student_law(logits_NV: Tensor, rows: ChunkRows, side: Side) -> Tensor:
     """The same of the student, whose `FIRST` rows stand first.
 
-    With c the token before the chunk, p its distribution and m the mass that is carried over c,
-    the law is `(p(c) P + carried) / (p(c) + m)`, P being the prediction after c. An observed
-    chunk's probability holds the longer tokens over its end.
+    With c the tokens before the chunk, p their probability, P the prediction after them, and m the
+    mass of single tokens that begin like them and go on, times that of the tokens before, the law is
+    `(p P + m) / (p + sum of m)`. An observed chunk's probability holds the longer tokens over its end.
     """
-    own, chunk_N = rows.student, rows.student.chunk_N
-    before_N = own.kind_N >= BEFORE
-    reach_K = (before_N | _ends_observed(own, rows.observed_C)).nonzero()[:, 0]
-    inside_K = (own.kind_N == INSIDE)[reach_K] | (own.kind_N == REST)[reach_K]
-    row_J, id_J, event_J = side.over(own.ids_N[reach_K], inside_K)
-    row_J = reach_K[row_J]
+    own, chunk_N, n_chunks = rows.student, rows.student.chunk_N, len(rows.observed_C)
+    groups = _groups(own, rows.observed_C)  # of every chunk, and then of what stands before some
+    paths = [(row, group[k:]) for group in groups for k, row in enumerate(group)]
+    ids, inside = own.ids_N.tolist(), ((own.kind_N == INSIDE) | (own.kind_N == REST)).tolist()
+    over_J, id_J, event_J = side.over([[(ids[n], inside[n]) for n in path] for _, path in paths])
+    row_J = over_J.new_tensor([row for row, _ in paths])[over_J]
     every_N = torch.arange(len(chunk_N), device=chunk_N.device)
     law_CX, prob_P = _Read.apply(
-        logits_NV, side, len(rows.observed_C),
-        torch.cat([every_N, row_J]), torch.cat([own.ids_N, id_J]),
-    )  # fmt: skip
-    taken_N, longer_J = prob_P.split([len(every_N), len(row_J)])
-    known_N = taken_N.index_add(0, row_J, longer_J)
-
-    counts_N, safe_N = known_N > RARE, known_N.clamp(min=RARE)
-    chunk_B, stay_B = chunk_N[before_N], torch.where(counts_N, taken_N / safe_N, 1.0)[before_N]
-    over_J = torch.where(counts_N, 1 / safe_N, 0.0)[row_J] * longer_J
-    ends_N = torch.where(before_N, 1.0, known_N).clamp(min=FLOOR).log()
-    stay_C = torch.ones_like(rows.teacher_logp_C, dtype=stay_B.dtype).index_put((chunk_B,), stay_B)
-    prob_C = torch.zeros_like(stay_C).index_add(0, chunk_N, ends_N).exp() * stay_C
-    source_C = side.event_V[own.ids_N[: len(prob_C)]]
-    carried_J = before_N[row_J]
-    into_J = chunk_N[row_J][carried_J], side.column(event_J[carried_J])
-    return _Revise.apply(
-        law_CX, chunk_B, stay_B, into_J, over_J[carried_J], prob_C, source_C, rows.observed_C
+        logits_NV, side, n_chunks, torch.cat([every_N, row_J]), torch.cat([own.ids_N, id_J])
     )
+    taken_N, longer_J = prob_P.split([len(every_N), len(row_J)])
+    lead_N, prob_G, group_N = _paths(taken_N, groups)
+    longer_J = lead_N[row_J] * longer_J
+    known_G = prob_G.index_add(0, group_N[row_J], longer_J)
+
+    before_G = torch.arange(len(groups), device=chunk_N.device) >= n_chunks
+    counts_G, safe_G = known_G > RARE, known_G.clamp(min=RARE)
+    chunk_G = chunk_N[[group[0] for group in groups]]
+    chunk_B, stay_B = chunk_G[before_G], torch.where(counts_G, prob_G / safe_G, 1.0)[before_G]
+    stay_C = torch.ones_like(rows.teacher_logp_C, dtype=stay_B.dtype).index_put((chunk_B,), stay_B)
+    carried_J = before_G[group_N[row_J]]
+    group_K = group_N[row_J[carried_J]]
+    share_K = torch.where(counts_G, 1 / safe_G, 0.0)[group_K] * longer_J[carried_J]
+    into_K = chunk_G[group_K], side.column(event_J[carried_J])
+    return _Revise.apply(
+        law_CX, chunk_B, stay_B, into_K, share_K, known_G[:n_chunks] * stay_C,
+        side.event_V[own.ids_N[:n_chunks]], rows.observed_C,
+    )  # fmt: skip
 
 
-def _ends_observed(rows: Rows, observed_C: Tensor) -> Tensor:
-    """bool [N], the last row of an observed chunk."""
-    row_N = torch.arange(len(rows.chunk_N), device=rows.chunk_N.device)
-    own_N = rows.kind_N < BEFORE
-    last_C = torch.zeros_like(observed_C, dtype=torch.int64)
-    last_C = last_C.scatter_reduce(0, rows.chunk_N[own_N], row_N[own_N], "amax")
-    return (last_C[rows.chunk_N] == row_N) & observed_C[rows.chunk_N]
+def _groups(own: Rows, observed_C: Tensor) -> list[list[int]]:
+    """Rows of each chunk (of one that is not observed the first alone), then of what stands before some."""
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for row, (chunk, kind) in enumerate(
+        zip(own.chunk_N.tolist(), own.kind_N.tolist(), strict=True)
+    ):
+        if kind != REST or observed_C[chunk]:
+            groups.setdefault((kind >= BEFORE, chunk), []).append(row)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _paths(taken_N: Tensor, groups: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the probability of those before it in its group, that of each group, and its group."""
+    row_R = torch.tensor([row for group in groups for row in group], device=taken_N.device)
+    sizes = torch.tensor([len(group) for group in groups], device=taken_N.device)
+    group_R = torch.arange(len(groups), device=taken_N.device).repeat_interleave(sizes)
+    at_R = torch.arange(len(row_R), device=taken_N.device) - (sizes.cumsum(0) - sizes)[group_R]
+    one_GM = taken_N.new_ones(len(groups), int(sizes.max()) + 1)
+    path_GM = one_GM.index_put((group_R, at_R + 1), taken_N[row_R]).cumprod(1)
+    lead_N = torch.ones_like(taken_N).index_put((row_R,), path_GM[group_R, at_R])
+    group_N = torch.zeros_like(taken_N, dtype=torch.int64).index_put((row_R,), group_R)
+    return lead_N, path_GM[:, -1], group_N
 
 
 class _Read(torch.autograd.Function):
@@ -639,16 +653,10 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_SD: Tensor,
-        weight_VD: Tensor | None,
-        bias_V: Tensor | None,
-        losses_of: Callable[[int, Tensor], Tensor],
-        places: list[Tensor],
-        weights: list[Tensor | None],
-        weight: float,
-        graded: bool,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_SD: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None,
+        losses_of: Callable[[int, Tensor], Tensor], places: list[Tensor],
+        weights: list[Tensor | None], weight: float, graded: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         inputs, needs = (hidden_SD, weight_VD, bias_V), ctx.needs_input_grad[:3]
         sums = [  # of many blocks: not in low precision
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -660,10 +668,8 @@ class _Blockwise(torch.autograd.Function):
             hidden_ND = hidden_SD[place_N]
             raw_NV = hidden_ND if weight_VD is None else F.linear(hidden_ND, weight_VD, bias_V)
             with torch.set_grad_enabled(graded):
-                losses_B, weight_B = (
-                    losses_of(number, raw_NV.requires_grad_(graded)),
-                    weights[number],
-                )
+                losses_B = losses_of(number, raw_NV.requires_grad_(graded))
+                weight_B = weights[number]
                 total = (losses_B if weight_B is None else losses_B * weight_B).sum() * weight
             if graded:
                 (grad_NV,) = torch.autograd.grad(total, raw_NV)
@@ -686,12 +692,9 @@ class _Blockwise(torch.autograd.Function):
 
 
 def _add_gradients(
-    sums: list[Tensor | None],
-    grad_NV: Tensor,
-    hidden_ND: Tensor,
-    weight_VD: Tensor | None,
+    sums: list[Tensor | None], grad_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor | None,
     place_N: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Adds what a block's logits give to the gradients of states, weight and bias."""
     of_hidden, of_weight, of_bias = sums
     if of_hidden is not None:

@@ -188,7 +188,10 @@ def _matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
     def pieces(tokenizer: Tokenizer, own: set[bytes], other: set[bytes]) -> dict[bytes, bytes]:
         """Of the other's tokens, and of what is left of them after a first piece, and so on."""
         found: dict[bytes, bytes] = {}
-        asked, wanted = own | {b""}, other - own
+        spaced = {
+            text[1:] for text in other if text.startswith(b" ")
+        }  # after a space of the other's
+        asked, wanted = own | {b""}, (other | spaced) - own - {b""}
         while wanted:
             new = first_pieces(tokenizer, wanted)
             new = {

@@ -282,8 +282,8 @@ MUTANTS = (
     # longer tokens count where they were another event
     Mutant(
         "minigold/events.py",
-        "merged = self.event_V[ids] == event",
-        "merged = self.event_V[ids] >= 0",
+        "keep &= self.event_V[ids] == event",
+        "pass",
         "tests/test_events.py",
     ),
     # student and teacher change places
@@ -549,10 +549,19 @@ MUTANTS = (
     # the token before a chunk is taken for one that starts at a shared boundary
     Mutant(
         "minigold/batch.py",
-        "INSIDE if chunks.s0[c - 1] < first - 1 else BEFORE",
+        "BEFORE if s in chunks.s0 else INSIDE",
         "BEFORE",
         "tests/test_train.py",
     ),
+    # only the last token before a chunk is looked at
+    Mutant(
+        "minigold/batch.py",
+        "max(found_C[chunk_of[stop]], stop - s)",
+        "found_C[chunk_of[stop]]",
+        "tests/test_train.py",
+    ),
+    # ... or those before it count as if the path to it were certain
+    Mutant("minigold/loss.py", "lead_N[row_J] * longer_J", "longer_J", "tests/test_loss.py"),
     # the step's loss is divided by all chunks
     Mutant(
         "minigold/masked.py",
@@ -999,7 +1008,7 @@ MUTANTS = (
     # three spaces and ` return` are another thing than four and `return`
     Mutant(
         "minigold/events.py",
-        'fold = _one_space if kind in ("prefix", CHUNK) else bytes',
+        'fold = _one_blank if kind in ("prefix", CHUNK) else bytes',
         "fold = bytes",
         "tests/test_events.py",
     ),

@@ -64,20 +64,20 @@ class SlowSide:
     def event_of(self, text: bytes) -> int:
         """Itself, else the other side's first piece, else the longest prefix, else other.
 
-        Texts are the same whatever the number of spaces at their end, if there are any.
+        Texts are the same whatever the number of spaces (or line breaks) at their end, if there are any.
         """
         prefixes = [text[:k] for k in range(len(text), 0, -1)]
         candidates = [text, self.pieces.get(text, b""), *prefixes]
         for one in candidates:
             for event, name in enumerate(self.names):
-                spaces = one.endswith(b" ") and name.endswith(b" ")
-                if one == name or (spaces and one.rstrip(b" ") == name.rstrip(b" ")):
+                blanks = (x for x in (b" ", b"\n") if one.endswith(x) and name.endswith(x))
+                if one == name or any(one.rstrip(x) == name.rstrip(x) for x in blanks):
                     return event
         return self.n_events
 
     def event_on(self, rest: bytes, more: bytes) -> int:
-        """Of the events that `rest + more` begins with the longest, if it is longer than `rest`."""
-        for k in range(len(rest + more), len(rest), -1):
+        """Of the events that `rest + more` begins with the longest, if `rest` ends in a space."""
+        for k in () if not rest.endswith(b" ") else range(len(rest + more), len(rest), -1):
             if (found := self.event_of((rest + more)[:k])) != self.event_of((rest + more)[: k - 1]):
                 return found
         return self.event_of(rest)

@@ -234,6 +234,16 @@ def known_after(
     return {b"": 1.0}
 
 
+def slow_event(side: SlowSide, one: Inside, rest: bytes, more: bytes, whole: bytes) -> int:
+    """Of a rest and what follows it; -1 if the student would have taken a longer token before it."""
+    if one.spaced and (rest + more).startswith(b"  "):
+        return -1
+    if not whole.startswith(rest + more):
+        return side.event_on(rest, more)
+    spelled, event = one.follows
+    return event if len(spelled) > len(rest) else side.event_on(rest, whole[len(rest) :])
+
+
 def slow_inside(
     prob: list[list[float]], side: SlowSide, reading: Reading, one: Inside,
     after: list[list[float]] | None,
@@ -276,19 +286,21 @@ def slow_inside(
             if own.startswith(lead + left) and len(own) > len(lead + left):
                 if all(side.event_of(own[n:]) == event for n, event in told):
                     more = known_after(prob, side, reading, after, at, i)
+                    rest, whole = own[len(lead + left) :], b"".join(spelled[at:])
                     for text_on, share in more.items():
-                        rest = side.event_on(own[len(lead + left) :], text_on)
-                        masses[rest] = masses.get(rest, 0.0) + p * path * share
+                        event = slow_event(side, one, rest, text_on, whole[len(lead + left) :])
+                        masses[event] = masses.get(event, 0.0) + p * path * share
             elif at >= one.start and own and left.startswith(own):
                 goes_on = own == spelled[at] and left.startswith(spelled[at])
                 if not goes_on and (at > one.start or side.event_of(own) == one.taken[0][1]):
                     unknown += p * path
+    masses.pop(-1, None)
     return masses, unknown
 
 
-@given(TEXTS, TEXTS, st.integers(0, 2**32 - 1), st.booleans())
+@given(TEXTS, TEXTS, st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
 def test_laws_inside_equal_the_slow_version(
-    ours: list[bytes], theirs: list[bytes], seed: int, other_paths: bool
+    ours: list[bytes], theirs: list[bytes], seed: int, other_paths: bool, spaced: bool
 ) -> None:
     student, teacher = words(*ours, "a"), words(*theirs, "a")
     events = match(student, teacher)
@@ -301,7 +313,8 @@ def test_laws_inside_equal_the_slow_version(
     n_taken = int(torch.randint(1, 3, (1,), generator=g))
     names = events.student
     taken = [(names.spelling[i], int(names.event_V[i])) for i in drawn[:n_taken]]
-    one = Inside(9, start, taken)
+    follows = names.spelling[drawn[-1]], int(names.event_V[drawn[-1]])
+    one = Inside(9, start, taken, follows, spaced)
     reading = Reading(PROMPT, ids, starts, taken={start: taken[0][1]}, inside=[one])
     after = torch.randn(len(theirs) + 2, len(theirs) + 2, generator=g).double().softmax(-1)
     prob = [after[PROMPT[-1]].tolist(), *(after[i].tolist() for i in ids)]
@@ -343,13 +356,16 @@ def test_the_boundaries_are_the_students_own() -> None:
         for r in rollouts_of(pair, number=number):
             reading, c = r.answer.reading(pair.events), r.chunks
             starts = set(c.s0.tolist())
-            for at, start, taken in reading.inside:
+            for at, start, taken, follows, spaced in reading.inside:
                 k = int(np.searchsorted(c.s0, at, side="right")) - 1
                 k -= at in starts  # after a broken character
                 assert c.t0[k] == start and (at not in starts or c.flaw[k] == BROKEN)
                 ids = r.answer.ids[c.s0[k] : at]
                 assert [x for x, _ in taken] == [pair.events.student.spelling[i] for i in ids]
                 assert [e for _, e in taken] == pair.events.student.event_V[ids].tolist()
+                own = pair.events.student
+                assert follows == (own.spelling[r.answer.ids[at]], own.event_V[r.answer.ids[at]])
+                assert spaced == (taken[-1][0] + b" " in own.spelling)
                 n_found += 1
             exact = (c.flaw == 0) & (c.s1 - c.s0 > 1)
             assert len(reading.inside) >= int((c.s1 - c.s0 - 1)[exact].sum())

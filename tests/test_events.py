@@ -136,7 +136,8 @@ def test_overhang_of_the_worked_example() -> None:
 
 def carried(side: Side, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor:
     """Masses of `Side.over`, in the columns of `Side.project`."""
-    row_J, id_J, event_J = side.over(ids_N, inside_N)
+    taken = zip(ids_N.tolist(), inside_N.tolist(), strict=True)
+    row_J, id_J, event_J = side.over([[one] for one in taken])
     empty_NX = prob_NV.new_zeros(len(ids_N), side.n_events + 2)
     return empty_NX.index_put((row_J, side.column(event_J)), prob_NV[row_J, id_J], accumulate=True)
 
@@ -258,7 +259,7 @@ def test_with_one_tokenizer_byte_has_no_overhang() -> None:
     vocabulary = words("hel", "hello", "lo")
     for kind, carried_over in (("byte", 0), ("prefix", 0), ("strict", 0)):
         side = match(vocabulary, vocabulary, kind=kind).student
-        assert len(side.over(torch.tensor([0]), torch.tensor([False]))[1]) == carried_over
+        assert len(side.over([[(0, False)]])[1]) == carried_over
         logp = torch.tensor([[0.5, 0.4, 0.05, 0.05]]).log()
         assert measured_at(logp, torch.tensor([0]), side).stay_N.item() == 0
 

@@ -57,7 +57,8 @@ def random_rows(n_chunks: int, v: int, w: int, n_events: int, seed: int) -> Chun
 
     table, observed, carry = [], [], []
     for c in range(n_chunks):
-        kinds = [[], [BEFORE], [INSIDE]][below(3)] + [FIRST] + [REST] * below(3)
+        before = [[BEFORE, INSIDE][below(2)] for _ in range(below(4))]
+        kinds = [*before, FIRST, *([REST] * below(3))]
         observed.append(kinds[-1] == REST or below(2) == 0)
         table += [(c, below(v), kind) for kind in kinds]
         if below(2):
@@ -216,6 +217,32 @@ def test_one_law_of_texts_spelled_in_two_ways_costs_nothing(beta: float, swapped
     assert blind_C.item() > 1
 
 
+def slow_path(
+    prob: list[list[float]], side: SlowSide, path: list[tuple[int, int, int]]
+) -> tuple[float, dict[int, float]]:
+    """Probability of some tokens in a row, and of single tokens that begin like the last ones and go on.
+
+    These have to be the same event at each shared boundary on the way.
+    """
+    longer: dict[int, float] = {}
+    for k in range(len(path)):
+        texts = [side.texts[i] for _, i, _ in path[k:]]
+        lead = math.prod(prob[n][i] for n, i, _ in path[:k])
+        for text, p in zip(side.texts, prob[path[k][0]], strict=True):
+            joined = b"".join(texts)
+            if not joined or not text.startswith(joined) or text == joined:
+                continue
+            told_apart = any(
+                side.event_of(text[len(b"".join(texts[:j])) :]) != side.event_of(texts[j])
+                for j, (_, _, kind) in enumerate(path[k:])
+                if kind in (BEFORE, FIRST)
+            )
+            if not told_apart:
+                rest = side.event_of(text[len(joined) :])
+                longer[rest] = longer.get(rest, 0.0) + p * lead
+    return math.prod(prob[n][i] for n, i, _ in path), longer
+
+
 def slow_losses(
     student_NV: Tensor, teacher_CW: Tensor, rows: ChunkRows, beta: float
 ) -> list[float]:
@@ -228,22 +255,17 @@ def slow_losses(
     table = torch.stack([rows.student.chunk_N, rows.student.ids_N, rows.student.kind_N], 1).tolist()
     losses = []
     for c in range(len(teacher)):
-        stay, carried, logp, first, last = 1.0, {}, 0.0, (0, 0), (0, 0, FIRST)
-        for n, (chunk, i, kind) in enumerate(table):
-            if chunk != c:
-                continue
-            if kind in (BEFORE, INSIDE):
-                event = None if kind == INSIDE else ours.events[i]
-                mass = ours.carry(student[n], ours.texts[i], event) if ours.texts[i] else {}
-                known = student[n][i] + sum(mass.values())
-                stay, carried = student[n][i] / known, {e: m / known for e, m in mass.items()}
-            else:
-                first, last = (n, i) if kind == FIRST else first, (n, i, kind)
-                logp += math.log(student[n][i])
-        n, i, kind = last
-        event = None if kind == REST else ours.events[i]
-        longer = sum(ours.carry(student[n], ours.texts[i], event).values()) if ours.texts[i] else 0
-        logp += math.log(stay) + math.log((student[n][i] + longer) / student[n][i])
+        own = [(n, i, kind) for n, (chunk, i, kind) in enumerate(table) if chunk == c]
+        before, group = (
+            [row for row in own if (row[2] in (BEFORE, INSIDE)) is is_before]
+            for is_before in (True, False)
+        )
+        prob, carried = slow_path(student, ours, before)
+        known = prob + sum(carried.values())
+        stay, carried = prob / known, {e: m / known for e, m in carried.items()}
+        first, observed = group[0][:2], bool(rows.observed_C[c])
+        prob, longer = slow_path(student, ours, group if observed else group[:1])
+        chunk_prob = stay * (prob + sum(longer.values()))
         mine = law_of(student[first[0]], ours, carried, stay)
         here = (rows.teacher_carry.chunk_K == c).nonzero()[:, 0].tolist()
         shares = {
@@ -251,8 +273,7 @@ def slow_losses(
         }
         yours = law_of(teacher[c], theirs, shares, 1 - sum(shares.values()))
         source = (ours.events[first[1]], theirs.events[int(rows.teacher_id_C[c])])
-        moved = (math.exp(logp), math.exp(float(rows.teacher_logp_C[c])))
-        observed = bool(rows.observed_C[c])
+        moved = (chunk_prob, math.exp(float(rows.teacher_logp_C[c])))
         losses.append(loss_of(mine, yours, source if observed else None, moved, beta))
     return losses
 

@@ -234,7 +234,9 @@ def slow_carried(
                     if after and text.endswith(b" "):
                         following = following_of(after[side.texts.index(text)], side)
                     for more, share in following.items():
-                        event = side.event_on(rest, more)
+                        behind = b"".join(side.texts[i] for i in ids[start:])
+                        goes_on = behind if behind.startswith(rest + more) else rest + more
+                        event = side.event_on(rest, goes_on[len(rest) :])
                         masses[event] = masses.get(event, 0.0) + p / path * share
         for event, mass in slow_other_paths(prob, side, ids, starts, start, after):
             masses[event] = masses.get(event, 0.0) + mass

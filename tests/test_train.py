@@ -594,14 +594,18 @@ def test_the_row_before_a_chunk_says_where_its_token_began() -> None:
                 [r], [mask], student_starts=[3], teacher_starts=[5],
                 teacher_end_id=pair.teacher.end_id,
             ).student  # fmt: skip
-            table = zip(
+            table = list(zip(
                 rows.chunk_N.tolist(), rows.ids_N.tolist(), rows.kind_N.tolist(), strict=True
-            )
-            for c, token, kind in table:
+            ))  # fmt: skip
+            for _, _, kind in table:
                 if kind in (BEFORE, INSIDE):
                     kinds.add(kind)
-                    assert token == r.answer.ids[r.chunks.s0[c] - 1]
-                    assert (kind == INSIDE) == (r.chunks.s1[c - 1] - r.chunks.s0[c - 1] > 1)
+            for c, start in enumerate(r.chunks.s0.tolist()):
+                before = [(i, kind) for k, i, kind in table if k == c and kind in (BEFORE, INSIDE)]
+                assert len(before) == r.reach_C[c]
+                for back, (token, kind) in enumerate(reversed(before), start=1):
+                    assert token == r.answer.ids[start - back]
+                    assert (kind == INSIDE) == (start - back not in r.chunks.s0)
     assert kinds == {BEFORE, INSIDE}
 
 

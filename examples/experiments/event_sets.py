@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,6 @@ from torch import Tensor
 
 import minigold as mg
 from minigold.batch import Array, Rollout
-from minigold.carry import CARRY_FROM
 from minigold.config import Config
 from minigold.data import Prompt
 from minigold.events import EVENTS, Events, Side, match
@@ -160,11 +160,16 @@ def full_laws(
     student_CX = student.project(student_SV[torch.as_tensor(chunks.s0)])
     teacher_CX = teacher.project(teacher_CW)
     for c, (s, t) in enumerate(zip(chunks.s0.tolist(), chunks.t0.tolist(), strict=True)):
-        if -np.expm1(rollout.student_stay_C[c]) > CARRY_FROM:
-            inside = torch.tensor([bool(chunks.s0[c - 1] < s - 1)])
-            _, id_J, event_J = student.over(torch.tensor(ids[s - 1 : s]), inside)
-            known = student_SV[s - 1, ids[s - 1]] + student_SV[s - 1, id_J].sum()
-            _mix(student_CX[c], student.column(event_J), student_SV[s - 1, id_J] / known)
+        path = [(ids[k], k not in chunks.s0) for k in range(s - int(rollout.reach_C[c]), s)]
+        taken = [student_SV[s - len(path) + k, i] for k, (i, _) in enumerate(path)]
+        longer = []
+        for k in range(len(path)):
+            _, id_J, event_J = student.over([path[k:]])
+            mass_J = student_SV[s - len(path) + k, id_J] * math.prod(taken[:k])
+            longer.append((student.column(event_J), mass_J))
+        if longer:
+            column_J, mass_J = (torch.cat(parts) for parts in zip(*longer, strict=True))
+            _mix(student_CX[c], column_J, mass_J / (math.prod(taken) + mass_J.sum()))
         if t in rollout.score.carried:
             one = rollout.score.carried[t]
             _mix(teacher_CX[c], teacher.column(one.event_K), one.mass_K.float())
