@@ -297,9 +297,9 @@ def _inside(answer: Answer, events: Events, event_S: Sequence[int]) -> list[Insi
         tokens = [(spelling[answer.ids[s]], event_S[s]) for s in range(first, stop)]
         if all(text for text, _ in tokens[:-1]):
             for n in range(1, len(tokens)):
-                spaced = events.student.has(tokens[n - 1][0] + b" ")
-                taken = tokens[:n]
-                found.append(Inside(first + n, int(chunks.t0[c]), taken, tokens[n], spaced))
+                spaces = events.student.fewest_spaces(tokens[n - 1][0])
+                start = int(chunks.t0[c])
+                found.append(Inside(first + n, start, tokens[:n], tokens[n], spaces))
     return found
 
 

@@ -40,15 +40,16 @@ class Inside(NamedTuple):
         taken: the student's tokens from the chunk's start to here, at least one: the bytes and the
             event of each.
         follows: bytes and event of the student's token after it.
-        spaced: the student has a token for the last of these and one space more. If two or more were
-            to come, it would have taken that or a longer one: tokens that say so have no say here.
+        spaces: the fewest that the student has one token for together with the last of these; 0 for none.
+            If more were to come, it would have taken that or a longer one: tokens that say so have
+            no say here.
     """
 
     at: int
     start: int
     taken: Sequence[tuple[bytes, int]]
     follows: tuple[bytes, int] = (b"", 0)
-    spaced: bool = False
+    spaces: int = 0
 
 
 @dataclass(frozen=True)
@@ -295,8 +296,9 @@ class _Cover(NamedTuple):
         return event if len(spelled) > len(rest) else other
 
     def tells_apart(self, rest: bytes) -> bool:
-        """Whether the student would not have made this boundary, see `Inside.spaced`."""
-        return self.inside is not None and self.inside.spaced and rest.startswith(b"  ")
+        """Whether the student would not have made this boundary, see `Inside.spaces`."""
+        fewest = 0 if self.inside is None else self.inside.spaces
+        return fewest > 0 and rest.startswith(b" " * (fewest + 1))
 
 
 def _is_own(cover: _Cover, reading: Reading, side: Side) -> bool:

@@ -166,10 +166,12 @@ class Side:
         low, high = _extensions(text, self.keys)
         return low < high
 
-    def has(self, text: bytes) -> bool:
-        """Whether it is a text token; not with `identity`, where nothing asks."""
-        at = bisect_left(self.keys, text)
-        return self.keys[at : at + 1] == [text]
+    def fewest_spaces(self, text: bytes) -> int:
+        """How many more spaces the shortest token has that is `text` and spaces; 0 if there is none."""
+        low, high = _extensions(text, self.keys)
+        high = bisect_right(self.keys, text + b" " * self.longest, lo=low, hi=high)
+        spaced = (key for key in self.keys[low:high] if not key[len(text) :].strip(b" "))
+        return min((len(key) - len(text) for key in spaced), default=0)
 
     def begins(self, text: bytes) -> list[int]:
         """Ids of the tokens that `text` begins with, itself among them."""
