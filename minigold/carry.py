@@ -187,27 +187,39 @@ class Longer:
     def _going_on(self, cover: _Cover, mass_K: Tensor) -> tuple[Tensor, Tensor]:
         """The events of a cover, and the mass of each."""
         events, masses = [cover.rests.cpu()], [mass_K]
-        for i, (ids, share_J) in self.after.get(cover.at, {}).items():
+        for i, after in self.after.get(cover.at, {}).items():
             of_it_K = (cover.ids.cpu() == i) & (events[0] >= 0)
             if of_it_K.any():
-                rest, whole = self.side.spelling[i][len(cover.text) :], self._behind(cover)
-                texts = [rest + self.side.spelling[j] for j in ids]
-                own = cover.next_event(rest, self.side.event_on(rest, whole[len(rest) :]))
-                goes_on = [
-                    own if whole.startswith(one) else self.side.event_on(rest, one[len(rest) :])
-                    for one in texts
-                ]
-                apart_J = torch.tensor([cover.tells_apart(one) for one in texts])
-                events.append(torch.tensor(goes_on, dtype=torch.int64))
-                masses.append((mass_K[of_it_K] * share_J).masked_fill(apart_J, 0.0))
+                found, shares = self._rests_on(cover, i, after)
+                events.append(found)
+                masses.append(mass_K[of_it_K] * shares)
                 masses[0] = masses[0].masked_fill(of_it_K, 0.0)
         return torch.cat(events), torch.cat(masses)
 
+    def _rests_on(self, cover: _Cover, i: int, after: _Next) -> tuple[Tensor, Tensor]:
+        """Of a token whose next ones are known: the events of its rest and them, and their shares.
+
+        Where that is the text itself, the student's own token says how it cuts the text.
+        """
+        rest, whole = self.side.spelling[i][len(cover.text) :], self._behind(cover)
+        texts = [rest + self.side.spelling[j] for j in after.ids]
+        own = cover.next_event(rest, self.side.event_on(rest, whole[len(rest) :]))
+        events_J = torch.tensor(
+            [
+                own if whole.startswith(one) else self.side.event_on(rest, one[len(rest) :])
+                for one in texts
+            ],
+            dtype=torch.int64,
+        )
+        apart_J = torch.tensor([cover.tells_apart(one) for one in texts], dtype=torch.bool)
+        return events_J, after.share_J.masked_fill(apart_J, 0.0)
+
     def _behind(self, cover: _Cover) -> bytes:
-        """The text itself behind the boundary, as far as a token can reach."""
-        ids = self.reading.ids[cover.at : cover.at + len(cover.text) + self.side.longest]
+        """The text itself behind the boundary, as far as two tokens can reach."""
+        reach = 2 * self.side.longest
+        ids = self.reading.ids[cover.at : cover.at + len(cover.text) + reach]
         text = b"".join(self.side.spelling[i] for i in ids)
-        return text[len(cover.text) :][: self.side.longest]
+        return text[len(cover.text) :][:reach]
 
 
 class _Branch(NamedTuple):

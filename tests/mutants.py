@@ -483,6 +483,41 @@ MUTANTS = (
         "np.ones(len(breaks_C), dtype=bool)",
         "tests/test_carry.py",
     ),
+    # the same texts cost something: spaces that the student has one token for have a say,
+    Mutant(
+        "minigold/carry.py",
+        'fewest > 0 and rest.startswith(b" " * (fewest + 1))',
+        "False",
+        "tests/test_same_texts.py",
+    ),
+    # ... only the last token's longer ones are looked up,
+    Mutant(
+        "minigold/batch.py",
+        "if stop > s + 1 and stop in chunk_of",
+        "if stop > s + 99 and stop in chunk_of",
+        "tests/test_same_texts.py",
+    ),
+    # ... what is left is not the other side's token,
+    Mutant(
+        "minigold/events.py",
+        "is_theirs = text in texts[1 - side]",
+        "is_theirs = False",
+        "tests/test_events.py",
+    ),
+    # ... line breaks are counted,
+    Mutant(
+        "minigold/events.py",
+        'if end in (b" ", b"\\n") else text',
+        'if end == b" " else text',
+        "tests/test_events.py",
+    ),
+    # ... and the text's own words are cut at will
+    Mutant(
+        "minigold/carry.py",
+        "return event if len(spelled) > len(rest) else other",
+        "return other",
+        "tests/test_carry.py",
+    ),
     # what is left of a token goes to its longest prefix
     Mutant(
         "minigold/pair.py",

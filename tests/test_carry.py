@@ -198,6 +198,21 @@ def test_the_rest_of_a_token_over_a_chunks_start_goes_on_too() -> None:
     assert events_of(plain.carried[2], events) == pytest.approx({b" ": 0.99}, abs=1e-6)
 
 
+def test_the_students_own_token_says_how_it_cuts_the_text() -> None:
+    """It wrote `rem` and `edy`; the teacher `re`, `med` and `y`, and `ed` is a token of both."""
+    student = words("rem", "edy", "ed", "y", "re", "e", pieces={b"med": b"e"})
+    teacher = words("re", "med", "y", "ed", "e", "edx", pieces={b"rem": b"re", b"edy": b"e"})
+    events = match(student, teacher)
+    rows = torch.full((7, 7), 1e-9)
+    rows[PROMPT[-1], 0] = rows[0, 1] = rows[2, 6] = 1.0
+    rows[1, 2], rows[1, 3] = 0.8, 0.2
+    follows = b"edy", events.student.event_of(b"edy")
+    one = Inside(1, 0, [(b"rem", events.student.event_of(b"rem"))], follows)
+    reading = Reading(PROMPT, [0, 1, 2], inside=[one])
+    (got,) = score(LastTokenModel(rows), [reading], end_ids=[6], side=events.teacher)
+    assert events_of(got.inside[1], events) == pytest.approx({b"e": 0.8, b"ed": 0.2}, abs=1e-6)
+
+
 def known_after(
     prob: list[list[float]], side: SlowSide, reading: Reading, after: list[list[float]] | None,
     at: int, i: int,

@@ -119,6 +119,25 @@ def test_nothing_in_common_is_refused() -> None:
         match(words("a"), words("b", "c"))
 
 
+def test_what_is_left_of_a_token_can_be_one_of_the_other_sides() -> None:
+    """`peated`, of the teacher's `repeated`, is the student's token, which begins like `pe`."""
+    student = words("re", "peated", "peat", "pe", pieces={b"repeated": b"re"})
+    teacher = words("re", "repeated", "peat", "pe", pieces={b"peated": b"pe"})
+    events = match(student, teacher)
+    pe = events.event_bytes.index(b"pe")
+    assert events.student.event_of(b"peated") == events.teacher.event_of(b"peated") == pe
+
+
+@pytest.mark.parametrize("blank", [" ", "\n"])
+def test_runs_of_one_blank_are_one_event(blank: str) -> None:
+    both = (blank, 3 * blank, "a" + blank, "a" + 2 * blank, "a", blank + "a", "\t", "\t\t")
+    events = match(words(*both), words(*both, "b"))
+    names = [events.event_bytes[e] for e in events.student.event_V.tolist()]
+    one, after = blank.encode(), b"a" + blank.encode()
+    assert names[:4] == [one, one, after, after]
+    assert names[4:] == [b"a", one + b"a", b"\t", b"\t\t", b""]
+
+
 def measured_at(logp_NV: Tensor, ids_N: Tensor, side: Side) -> Measures:
     return measure(logp_NV.exp(), logp_NV.gather(1, ids_N[:, None])[:, 0], ids_N, side)
 

@@ -167,7 +167,7 @@ def worst(student: Tokenizer, teacher: Tokenizer, ends: tuple[int, int]) -> tupl
 )  # fmt: skip
 def test_the_same_texts_cost_nothing(student: str, teacher: str, ends: tuple[int, int]) -> None:
     losses, n_inside = worst(real_tokenizer(student), real_tokenizer(teacher), ends)
-    assert n_inside > 20
+    assert n_inside > 5
     assert {text: x for text, x in zip(TEXTS, losses, strict=True) if x > NEAR} == {}
 
 
