@@ -202,16 +202,16 @@ class Longer:
         Where that is the text itself, the student's own token says how it cuts the text.
         """
         rest, whole = self.side.spelling[i][len(cover.text) :], self._behind(cover)
-        texts = [rest + self.side.spelling[j] for j in after.ids]
         own = cover.next_event(rest, self.side.event_on(rest, whole[len(rest) :]))
+        more = [self.side.spelling[j] for j in after.ids]  # nothing, where the turn ends
         events_J = torch.tensor(
             [
-                own if whole.startswith(one) else self.side.event_on(rest, one[len(rest) :])
-                for one in texts
+                own if one and whole.startswith(rest + one) else self.side.event_on(rest, one)
+                for one in more
             ],
             dtype=torch.int64,
         )
-        apart_J = torch.tensor([cover.tells_apart(one) for one in texts], dtype=torch.bool)
+        apart_J = torch.tensor([cover.tells_apart(rest + one) for one in more], dtype=torch.bool)
         return events_J, after.share_J.masked_fill(apart_J, 0.0)
 
     def _behind(self, cover: _Cover) -> bytes:

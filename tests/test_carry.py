@@ -254,7 +254,7 @@ def slow_event(side: SlowSide, one: Inside, rest: bytes, more: bytes, whole: byt
     n_spaces = len(rest + more) - len((rest + more).lstrip(b" "))
     if n_spaces > one.spaces > 0:
         return -1
-    if not whole.startswith(rest + more):
+    if not more or not whole.startswith(rest + more):
         return side.event_on(rest, more)
     spelled, event = one.follows
     return event if len(spelled) > len(rest) else side.event_on(rest, whole[len(rest) :])

@@ -235,7 +235,8 @@ def slow_carried(
                         following = following_of(after[side.texts.index(text)], side)
                     for more, share in following.items():
                         behind = b"".join(side.texts[i] for i in ids[start:])
-                        goes_on = behind if behind.startswith(rest + more) else rest + more
+                        goes_on = rest + more
+                        goes_on = behind if more and behind.startswith(goes_on) else goes_on
                         event = side.event_on(rest, goes_on[len(rest) :])
                         masses[event] = masses.get(event, 0.0) + p / path * share
         for event, mass in slow_other_paths(prob, side, ids, starts, start, after):
