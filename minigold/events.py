@@ -26,7 +26,7 @@ from torch import Tensor
 __all__ = ["CHUNK", "EVENTS", "Events", "Measures", "Side", "Vocabulary", "match", "measure"]
 
 EVENTS = ("prefix", "strict", "byte")  # of what comes next
-KEPT = 2**18  # events of texts
+KEPT = 2**16  # texts whose events, or longer tokens, are kept
 CHUNK = "chunk"  # no more than whether the observed chunk comes next
 
 
@@ -134,15 +134,18 @@ class Side:
             return self.nothing
         if (text, event, told) not in self.known:
             ids = self.sorted_U[low:high]
-            keep = torch.ones_like(ids, dtype=torch.bool)
-            if event is not None:
-                keep &= self.event_V[ids] == event
-            for size, one in told:
-                keep &= self._events_from(len(text) - size, low, high) == one
-            rests = self._events_from(len(text), low, high)
+            if event is None and not told:
+                rests = self._events_from(len(text), low, high)
+            else:
+                rests, keep = self.longer(text, None)[1], torch.ones_like(ids, dtype=torch.bool)
+                if event is not None:
+                    keep &= self.event_V[ids] == event
+                for size, one in told:
+                    keep &= self._events_from(len(text) - size, low, high) == one
+                ids, rests = ids[keep], rests[keep]
             if len(self.known) >= KEPT:
                 self.known.clear()
-            self.known[text, event, told] = ids[keep], rests[keep]
+            self.known[text, event, told] = ids, rests
         return self.known[text, event, told]
 
     def _events_from(self, at: int, low: int, high: int) -> Tensor:
@@ -267,8 +270,8 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
     tokenizer gives for its bytes (`first_pieces` of the *other* vocabulary), which is that piece if
     it is shared; without one to its longest prefix that is an event, else to *other*.
 
-    Texts that differ in the number of spaces at their end are one event: before a word, tokenizers
-    with a space in it write one space less than those without, and mean the same.
+    Texts that differ in the number of spaces, or line breaks, at their end are one event: before a word,
+    tokenizers with a space in it write one space less than those without, and mean the same.
 
     `strict`: the byte strings that are a text token in both, and the end of turn, but a token that only one side has goes to *other*.
 
