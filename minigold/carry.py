@@ -26,7 +26,8 @@ __all__ = ["CARRY_FROM", "Carried", "Inside", "Longer", "Reading"]
 
 CARRY_FROM = 1e-3  # an overhang under this is left out
 BRANCH_FROM = 0.05  # other tokens under this are not followed
-FOLLOW_FROM = 1e-4  # of what follows a token, tokens under this are left out
+FOLLOW_FROM = 1e-4  # of what follows a token, tokens under this are left out,
+MOST_FOLLOW = 256  # ... and all but so many
 INSIDE_FROM = 0.05  # text that the teacher found less likely than this is not looked into
 MOSTLY = 0.9  # of what the teacher says inside a chunk has to be known
 
@@ -278,13 +279,11 @@ class _Next(NamedTuple):
 
 
 def _nexts(prob_NV: Tensor) -> list[_Next]:
-    """Of each row; rare tokens are left out, and the rest scaled up."""
-    least_N1 = (prob_NV.amax(1, keepdim=True) / 2).clamp(max=FOLLOW_FROM)
-    row_K, id_K = (prob_NV > least_N1).nonzero().unbind(1)
-    counts = row_K.bincount(minlength=len(prob_NV)).tolist()
-    masses = prob_NV[row_K, id_K].cpu().double().split(counts)
-    every = zip(id_K.cpu().split(counts), masses, strict=True)
-    return [_Next(ids_J.tolist(), mass_J / mass_J.sum()) for ids_J, mass_J in every]
+    """Of each row; all but the likeliest tokens are left out, and these scaled up."""
+    prob_NF, id_NF = prob_NV.topk(min(MOST_FOLLOW, prob_NV.shape[1]))
+    counts = (prob_NF > FOLLOW_FROM).sum(1).clamp(min=1).tolist()
+    rows = zip(id_NF.tolist(), prob_NF.cpu().double(), counts, strict=True)
+    return [_Next(ids[:n], mass_F[:n] / mass_F[:n].sum()) for ids, mass_F, n in rows]
 
 
 class _Cover(NamedTuple):

@@ -26,7 +26,7 @@ from torch import Tensor
 __all__ = ["CHUNK", "EVENTS", "Events", "Measures", "Side", "Vocabulary", "match", "measure"]
 
 EVENTS = ("prefix", "strict", "byte")  # of what comes next
-KEPT = 2**16  # texts whose events, or longer tokens, are kept
+KEPT = 2**15  # texts whose events, or longer tokens, are kept
 CHUNK = "chunk"  # no more than whether the observed chunk comes next
 
 
@@ -77,7 +77,9 @@ class Side:
     longest: int
     keys: list[bytes] = field(repr=False)
     nothing: tuple[Tensor, Tensor] = field(repr=False)
-    known: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    known: dict[tuple[bytes, int | None], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def n_events(self) -> int:
@@ -132,26 +134,26 @@ class Side:
         low, high = _extensions(text, self.keys)
         if low == high:
             return self.nothing
-        if (text, event, told) not in self.known:
-            ids = self.sorted_U[low:high]
-            if event is None and not told:
-                rests = self._events_from(len(text), low, high)
-            else:
-                rests, keep = self.longer(text, None)[1], torch.ones_like(ids, dtype=torch.bool)
-                if event is not None:
-                    keep &= self.event_V[ids] == event
-                for size, one in told:
-                    keep &= self._events_from(len(text) - size, low, high) == one
-                ids, rests = ids[keep], rests[keep]
+        if told:
+            ids, rests = self.longer(text, event)
+            keep = [
+                all(
+                    self.event_of(self.spelling[i][len(text) - size :]) == one for size, one in told
+                )
+                for i in ids.tolist()
+            ]
+            return ids[keep], rests[keep]
+        if (text, event) not in self.known:
             if len(self.known) >= KEPT:
                 self.known.clear()
-            self.known[text, event, told] = ids, rests
-        return self.known[text, event, told]
-
-    def _events_from(self, at: int, low: int, high: int) -> Tensor:
-        """Of some of the sorted tokens, the event of the bytes from `at` on."""
-        parts = [self.event_of(key[at:]) for key in self.keys[low:high]]
-        return self.sorted_U.new_tensor(parts)
+            ids = self.sorted_U[low:high]
+            if event is None:
+                parts = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
+                self.known[text, event] = ids, self.sorted_U.new_tensor(parts)
+            else:
+                merged = self.event_V[ids] == event
+                self.known[text, event] = ids[merged], self.longer(text, None)[1][merged]
+        return self.known[text, event]
 
     def event_on(self, rest: bytes, more: bytes) -> int:
         """The event of a `rest` that goes on with a token `more`.

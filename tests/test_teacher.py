@@ -248,7 +248,7 @@ def slow_carried(
 
 def following_of(row: list[float], side: SlowSide) -> dict[bytes, float]:
     """What is said next, without the rarest tokens; ids without a text, too, say nothing more."""
-    least, found = min(1e-4, max(row) / 2), {}
+    least, found = 1e-4, {}  # more than one has more, and there are few
     for text, p in zip(side.texts, row, strict=True):
         if p > least:
             found[text] = found.get(text, 0.0) + p / sum(x for x in row if x > least)
