@@ -91,8 +91,9 @@ class Rollout:
     Args:
         student_logp_C, teacher_logp_C: float64, nats; NaN where not scorable. That the text goes on
             with the chunk's bytes, given the bytes before it: the sum of its tokens', with the
-            longer tokens over its end added and those over its start left behind (overhang). All
-            chunks of a text still add up to the sum of all tokens.
+            longer tokens over its end added and those over its start left behind (overhang; of the
+            student those that begin with its last token, which sampling measures). All chunks of a
+            text still add up to the sum of all tokens.
         scorable_C: bool, the chunk has a log-probability on both sides.
         observed_C: bool, its probability becomes an event of its own. So does that of a chunk with
             broken bytes; the teacher reads text, and would never write them: its probability is 0.
