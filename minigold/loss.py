@@ -461,10 +461,10 @@ def _student_law(logits_NV: Tensor, rows: ChunkRows, side: Side) -> Tensor:
 def _groups(own: Rows, observed_C: Tensor) -> list[list[int]]:
     """Rows of each chunk (of one that is not observed the first alone), then of what stands before some."""
     groups: dict[tuple[bool, int], list[int]] = {}
-    for row, (chunk, kind) in enumerate(
-        zip(own.chunk_N.tolist(), own.kind_N.tolist(), strict=True)
-    ):
-        if kind != REST or observed_C[chunk]:
+    observed = observed_C.tolist()
+    parts = zip(own.chunk_N.tolist(), own.kind_N.tolist(), strict=True)
+    for row, (chunk, kind) in enumerate(parts):
+        if kind != REST or observed[chunk]:
             groups.setdefault((kind >= BEFORE, chunk), []).append(row)
     return [groups[key] for key in sorted(groups)]
 
@@ -475,7 +475,7 @@ def _paths(taken_N: Tensor, groups: list[list[int]]) -> tuple[Tensor, Tensor, Te
     sizes = torch.tensor([len(group) for group in groups], device=taken_N.device)
     group_R = torch.arange(len(groups), device=taken_N.device).repeat_interleave(sizes)
     at_R = torch.arange(len(row_R), device=taken_N.device) - (sizes.cumsum(0) - sizes)[group_R]
-    one_GM = taken_N.new_ones(len(groups), int(sizes.max()) + 1)
+    one_GM = taken_N.new_ones(len(groups), max(map(len, groups)) + 1)
     path_GM = one_GM.index_put((group_R, at_R + 1), taken_N[row_R]).cumprod(1)
     lead_N = torch.ones_like(taken_N).index_put((row_R,), path_GM[group_R, at_R])
     group_N = torch.zeros_like(taken_N, dtype=torch.int64).index_put((row_R,), group_R)

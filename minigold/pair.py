@@ -186,12 +186,10 @@ def _matched(student: Side, teacher: Side) -> tuple[Vocabulary, Vocabulary]:
     spelled = set(ours.token_bytes), set(theirs.token_bytes)
 
     def pieces(tokenizer: Tokenizer, own: set[bytes], other: set[bytes]) -> dict[bytes, bytes]:
-        """Of the other's tokens, and of what is left of them after a first piece, and so on."""
+        """Of the other's tokens, also without a space, and of what a first piece leaves, and so on."""
         found: dict[bytes, bytes] = {}
-        spaced = {
-            text[1:] for text in other if text.startswith(b" ")
-        }  # after a space of the other's
-        asked, wanted = own | {b""}, (other | spaced) - own - {b""}
+        words = {text.removeprefix(b" ") for text in other}  # behind a space that stands by itself
+        asked, wanted = own | {b""}, (other | words) - own - {b""}
         while wanted:
             new = first_pieces(tokenizer, wanted)
             new = {
