@@ -765,6 +765,19 @@ def test_the_page_is_made_between_markers(tmp_path: Path) -> None:
         table.page("nothing", {"tune": ""})
 
 
+def test_runs_of_another_sitting_stay(tmp_path: Path) -> None:
+    known = [*made({"gold": 0.25, "uld": 0.5}).runs.values()]
+    again = made({"gold": 0.75}, seeds=1).runs["gold"][0]
+    (tmp_path / "gold.seed0.json").write_text(json.dumps(again))
+    runs = table.collect(tmp_path, [run for some in known for run in some])
+    assert [(run["arm"], run["seed"]) for run in runs] == [
+        (arm, seed) for arm in ("gold", "uld") for seed in range(3)
+    ]
+    assert [run == again for run in runs] == [True, *[False] * 5]
+    other = {**again, "lr": 4e-3}  # of another rate: a run of its own
+    assert table.collect(tmp_path, [other]) == [again, other]
+
+
 def test_the_page_of_this_repository_is_what_its_results_say() -> None:
     text = (table.DOCS / "experiments.md").read_text(encoding="utf-8")
     results = {name: table.read(table.DOCS / "results", name) for name in table.FOLDERS}

@@ -4,8 +4,8 @@
     python examples/experiments/table.py --runs runs      new results, then the page
     python examples/experiments/table.py                  the page from docs/results alone
 
-The runs of `runs/screen` become `docs/results/screen.json`, one line a run, and so with each name in
-`FOLDERS`. From these files, and nothing else, the parts of the page between markers and the plots
+The runs of `runs/screen` go into `docs/results/screen.json`, one line a run, and so with each name in
+`FOLDERS`; a run that is there already is replaced, and those of other sittings stay. From these files, and nothing else, the parts of the page between markers and the plots
 are made. What was not run is said so there. The rules of the verdicts stand in the page.
 """
 
@@ -417,19 +417,24 @@ def page(text: str, parts: Mapping[str, str]) -> str:
 
 
 # ------------------------------------------------------------------- files
-def collect(folder: Path) -> list[Run]:
-    """The runs of a folder, in the order of `ARMS` and of seeds."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
+def collect(folder: Path, known: Sequence[Run] = ()) -> list[Run]:
+    """The runs of a folder, and those of `known` that it does not have, by arm, seed and rate."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
     order = list(ARMS)
-    return sorted(runs, key=lambda run: (order.index(run["arm"]), run["seed"]))
+    runs = {(order.index(run["arm"]), run["seed"], run["lr"]): run for run in [*known, *found]}
+    return [runs[key] for key in sorted(runs)]
+
+
+def _runs(path: Path) -> list[Run]:
+    """Those of a file of docs/results; none if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def read(folder: Path, name: str) -> Results:
-    """Results of docs/results; none if there is no such file."""
-    path, runs = folder / f"{name}.json", {}
-    if path.is_file():
-        for run in json.loads(path.read_text(encoding="utf-8")):
-            runs.setdefault(run["arm"], []).append(run)
+    """Results of docs/results."""
+    runs: dict[str, list[Run]] = {}
+    for run in _runs(folder / f"{name}.json"):
+        runs.setdefault(run["arm"], []).append(run)
     if runs and name == "equal-time":
         others = read(folder, "screen").runs
         runs = {arm: others[arm] for arm in SHARED if arm in others} | runs
@@ -447,10 +452,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = {}
     for name in FOLDERS:
         if args.runs and (args.runs / name).is_dir():
-            lines = ",\n".join(
-                json.dumps(run, ensure_ascii=False) for run in collect(args.runs / name)
-            )
-            write_whole(results / f"{name}.json", f"[\n{lines}\n]\n".encode())
+            path = results / f"{name}.json"
+            runs = collect(args.runs / name, _runs(path))
+            lines = ",\n".join(json.dumps(run, ensure_ascii=False) for run in runs)
+            write_whole(path, f"[\n{lines}\n]\n".encode())
         found = read(results, name)
         parts[name] = part(name, found)
         if found.runs and name != "tune":
