@@ -317,7 +317,7 @@ def _reach(answer: Answer, events: Events, stay_C: Array) -> Array:
         for stop in range(s + 1, len(exact_S)):
             if not side.goes_on(text):
                 break
-            if stop > s + 1 and stop in chunk_of and len(side.over([path])[1]):
+            if stop > s + 1 and stop in chunk_of and side.reaches_over(path):
                 found_C[chunk_of[stop]] = max(found_C[chunk_of[stop]], stop - s)
             if not exact_S[stop]:
                 break

@@ -17,10 +17,12 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minigold.events import Side
+from minigold.events import Ids, Side
 
 __all__ = ["CARRY_FROM", "Carried", "Inside", "Longer", "Reading"]
 
@@ -30,6 +32,8 @@ FOLLOW_FROM = 1e-4  # of what follows a token, tokens under this are left out,
 MOST_FOLLOW = 256  # ... and all but so many
 INSIDE_FROM = 0.05  # text that the teacher found less likely than this is not looked into
 MOSTLY = 0.9  # of what the teacher says inside a chunk has to be known
+
+Masses = npt.NDArray[np.float64]  # of tokens, or of events
 
 
 class Inside(NamedTuple):
@@ -101,9 +105,9 @@ class Longer:
         self.reading, self.side, self.other_paths = reading, side, other_paths
         self.covers = _covers(reading, side) if side.carries else []
         self.begins = _begins(reading, side) if side.carries and other_paths else []
-        self.masses: list[Tensor] = []
-        self.begun: list[Tensor] = []
-        self.followed: list[tuple[int, tuple[Tensor, Tensor]]] = []
+        self.masses: list[Masses] = []
+        self.begun: list[Masses] = []
+        self.followed: list[tuple[int, tuple[Ids, Masses]]] = []
         self.after: dict[int, dict[int, _Next]] = {}  # by place and token
         self.wanted = {one.at for one in self.covers if _is_own(one, reading, side)}
         self.n_done = 0
@@ -136,7 +140,7 @@ class Longer:
                     found[one.at, i] = _Branch(row, one.at, one.end, left, mass * path)
         for cover, mass_K in zip(self.covers, self.masses, strict=True):
             if cover.inside is None and self.other_paths:
-                for i in cover.ids.cpu()[mass_K > BRANCH_FROM].tolist():
+                for i in cover.ids[mass_K > BRANCH_FROM].tolist():
                     if self.side.spelling[i].endswith(b" "):
                         row = self._row(cover.at, i)
                         found[cover.at, i] = _Branch(row, cover.at, cover.start, b"", 0.0)
@@ -151,8 +155,8 @@ class Longer:
             self.after.setdefault(one.at, {})[one.row[-1]] = after
             if one.left:
                 ids, rests = self.side.longer(one.left, None)
-                weighed = one.mass * prob_V[ids].double().cpu()
-                self.followed.append((one.end, (rests.cpu(), weighed)))
+                prob_K = prob_V[torch.from_numpy(ids).to(prob_V.device)]
+                self.followed.append((one.end, (rests, one.mass * prob_K.cpu().double().numpy())))
 
     def carried(self, logp: Sequence[float]) -> tuple[dict[int, Carried], dict[int, Carried]]:
         """By chunk start (token), and by `Inside.at`: the longer tokens from every token before.
@@ -164,15 +168,15 @@ class Longer:
         another event at a boundary on the way are left out, as the comparison there has told them
         apart already; events take the place of bytes.
         """
-        starts: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        inside: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        starts: dict[int, list[tuple[Ids, Masses]]] = {}
+        inside: dict[tuple[int, int], list[tuple[Ids, Masses]]] = {}
         for cover, mass_K in zip(self.covers, self.masses, strict=True):
             # beside the path over the tokens between, or at its end
             path = sum(logp[cover.start : cover.at]) - sum(logp[cover.at : cover.start])
             part = self._going_on(cover, mass_K * math.exp(min(path, 600.0)))
             if cover.inside is not None:
                 inside.setdefault((cover.inside.at, cover.start), []).append(part)
-            elif float(part[1].sum()) > 0.1 * CARRY_FROM:
+            elif part[1].sum() > 0.1 * CARRY_FROM:
                 starts.setdefault(cover.start, []).append(part)
         for start, part in self.followed:
             starts.setdefault(start, []).append(part)
@@ -185,19 +189,19 @@ class Longer:
                 laws[at] = law
         return beside, laws
 
-    def _going_on(self, cover: _Cover, mass_K: Tensor) -> tuple[Tensor, Tensor]:
+    def _going_on(self, cover: _Cover, mass_K: Masses) -> tuple[Ids, Masses]:
         """The events of a cover, and the mass of each."""
-        events, masses = [cover.rests.cpu()], [mass_K]
+        events, masses = [cover.rests], [mass_K]
         for i, after in self.after.get(cover.at, {}).items():
-            of_it_K = (cover.ids.cpu() == i) & (events[0] >= 0)
+            of_it_K = (cover.ids == i) & (cover.rests >= 0)
             if of_it_K.any():
                 found, shares = self._rests_on(cover, i, after)
                 events.append(found)
                 masses.append(mass_K[of_it_K] * shares)
-                masses[0] = masses[0].masked_fill(of_it_K, 0.0)
-        return torch.cat(events), torch.cat(masses)
+                masses[0] = np.where(of_it_K, 0.0, masses[0])
+        return np.concatenate(events), np.concatenate(masses)
 
-    def _rests_on(self, cover: _Cover, i: int, after: _Next) -> tuple[Tensor, Tensor]:
+    def _rests_on(self, cover: _Cover, i: int, after: _Next) -> tuple[Ids, Masses]:
         """Of a token whose next ones are known: the events of its rest and them, and their shares.
 
         Where that is the text itself, the student's own token says how it cuts the text.
@@ -205,15 +209,12 @@ class Longer:
         rest, whole = self.side.spelling[i][len(cover.text) :], self._behind(cover)
         own = cover.next_event(rest, self.side.event_on(rest, whole[len(rest) :]))
         more = [self.side.spelling[j] for j in after.ids]  # nothing, where the turn ends
-        events_J = torch.tensor(
-            [
-                own if one and whole.startswith(rest + one) else self.side.event_on(rest, one)
-                for one in more
-            ],
-            dtype=torch.int64,
-        )
-        apart_J = torch.tensor([cover.tells_apart(rest + one) for one in more], dtype=torch.bool)
-        return events_J, after.share_J.masked_fill(apart_J, 0.0)
+        events_J = [
+            own if one and whole.startswith(rest + one) else self.side.event_on(rest, one)
+            for one in more
+        ]
+        apart_J = [cover.tells_apart(rest + one) for one in more]
+        return np.array(events_J, dtype=np.int64), np.where(apart_J, 0.0, after.share_J)
 
     def _behind(self, cover: _Cover) -> bytes:
         """The text itself behind the boundary, as far as two tokens can reach."""
@@ -247,7 +248,7 @@ class _Begin(NamedTuple):
     at: int
     end: int
     text: bytes
-    ids: Tensor
+    ids: Ids
 
 
 def _begins(reading: Reading, side: Side) -> list[_Begin]:
@@ -267,39 +268,39 @@ def _begins(reading: Reading, side: Side) -> list[_Begin]:
             event = _taken(reading, side, at) if at == start else None
             others = [i for i in _shorter(side, text, event) if side.spelling[i] != taken]
             if others:
-                found.append(_Begin(start, at, end, text, side.sorted_U.new_tensor(others)))
+                found.append(_Begin(start, at, end, text, np.array(others, dtype=np.int64)))
     return found
 
 
 class _Next(NamedTuple):
-    """What follows a token: the likeliest ids, and the share of each, float64."""
+    """What follows a token: the likeliest ids, and the share of each."""
 
     ids: list[int]
-    share_J: Tensor
+    share_J: Masses
 
 
 def _nexts(prob_NV: Tensor) -> list[_Next]:
     """Of each row; all but the likeliest tokens are left out, and these scaled up."""
     prob_NF, id_NF = prob_NV.topk(min(MOST_FOLLOW, prob_NV.shape[1]))
     counts = (prob_NF > FOLLOW_FROM).sum(1).clamp(min=1).tolist()
-    rows = zip(id_NF.tolist(), prob_NF.cpu().double(), counts, strict=True)
+    rows = zip(id_NF.tolist(), prob_NF.cpu().double().numpy(), counts, strict=True)
     return [_Next(ids[:n], mass_F[:n] / mass_F[:n].sum()) for ids, mass_F, n in rows]
 
 
 class _Cover(NamedTuple):
     """Tokens that begin at token `at` and reach over a boundary, and the events of their rests.
 
-    `text` is what they begin with, up to the boundary. That is the start of the chunk at token `start`, or stands inside it before the student's
-    token `inside`. There tokens that end at the boundary or before are among them, with a rest of -1:
-    what they say of the text after it is not known.
+    `text` is what they begin with, up to the boundary. That is the start of the chunk at token `start`,
+    or stands inside it before the student's token `inside`. There tokens that end at the boundary or
+    before are among them, with a rest of -1: what they say of the text after it is not known.
     """
 
     start: int
     inside: Inside | None
     at: int
     text: bytes
-    ids: Tensor
-    rests: Tensor
+    ids: Ids
+    rests: Ids
 
     def next_event(self, rest: bytes, other: int) -> int:
         """Of the text itself after the boundary: what the student took there, if it is longer than the `rest`."""
@@ -331,12 +332,11 @@ def _covers(reading: Reading, side: Side) -> list[_Cover]:
         for spelled, event in one.taken:
             told.append((size, event))
             size -= len(spelled)
-        for before_or_behind in (_before, _behind):
-            for part in before_or_behind(reading, side, one.start, text, told):
-                cover = _Cover(one.start, one, *part)
-                rests = [side.spelling[i][len(cover.text) :] for i in cover.ids.tolist()]
-                keep = [not cover.tells_apart(rest) for rest in rests]
-                found.append(cover._replace(ids=cover.ids[keep], rests=cover.rests[keep]))
+        for parts in (
+            _before(reading, side, one.start, text, told, one.spaces),
+            _behind(reading, side, one.start, text, told, one.spaces),
+        ):
+            found += [_Cover(one.start, one, *part) for part in parts]
     return sorted(found, key=attrgetter("at"))
 
 
@@ -344,8 +344,8 @@ Passed = Sequence[tuple[int, int]]  # boundaries on the way: bytes from there, a
 
 
 def _before(
-    reading: Reading, side: Side, start: int, text: bytes, told: Passed
-) -> Iterator[tuple[int, bytes, Tensor, Tensor]]:
+    reading: Reading, side: Side, start: int, text: bytes, told: Passed, spaces: int = 0
+) -> Iterator[tuple[int, bytes, Ids, Ids]]:
     """Tokens that begin before `start` and reach over the `text` there."""
     shared, told = {0, *reading.starts}, list(told)
     for at in range(start - 1, -1, -1):
@@ -354,7 +354,7 @@ def _before(
         if at in reading.opaque or not spelled or len(text) >= side.longest:
             break
         event = _taken(reading, side, at) if at in shared else None
-        ids, rests = side.longer(text, event, tuple(told))
+        ids, rests = side.longer(text, event, told, spaces)
         if len(ids):
             yield at, text, ids, rests
         if event is not None:
@@ -362,20 +362,20 @@ def _before(
 
 
 def _behind(
-    reading: Reading, side: Side, start: int, text: bytes, told: Passed
-) -> Iterator[tuple[int, bytes, Tensor, Tensor]]:
+    reading: Reading, side: Side, start: int, text: bytes, told: Passed, spaces: int
+) -> Iterator[tuple[int, bytes, Ids, Ids]]:
     """Tokens that begin at `start`, or behind it, and reach over the `text` there, or end in it."""
     for at in range(start, len(reading.ids)):
         taken = side.spelling[reading.ids[at]]
         goes_on = bool(taken) and text.startswith(taken)
         event = told[0][1] if at == start else None
         apart = [one for one in told if one[0] < len(text)]
-        ids, rests = side.longer(text, event, tuple(apart))
+        ids, rests = side.longer(text, event, apart, spaces)
         ends = [
             i for i in _shorter(side, text, event) if not (goes_on and side.spelling[i] == taken)
         ]
-        unknown = rests.new_full((len(ends),), -1)
-        yield at, text, torch.cat([ids, ids.new_tensor(ends)]), torch.cat([rests, unknown])
+        of_ends = np.array(ends, dtype=np.int64)
+        yield at, text, np.append(ids, of_ends), np.append(rests, np.full_like(of_ends, -1))
         if not goes_on:
             break
         text = text[len(taken) :]
@@ -392,39 +392,45 @@ def _shorter(side: Side, text: bytes, event: int | None) -> list[int]:
     return [i for i in side.begins(text) if event in (None, side.event_of(side.spelling[i]))]
 
 
-def _masses(prob_NV: Tensor, start: int, wanted: Sequence[_Cover | _Begin]) -> list[Tensor]:
+def _masses(prob_NV: Tensor, start: int, wanted: Sequence[_Cover | _Begin]) -> list[Masses]:
     """Probability of each of the tokens, from rows that start at token `start`."""
     if not wanted:
         return []
     sizes = [len(one.ids) for one in wanted]
-    row_K = torch.tensor([one.at - start for one in wanted])
-    row_J = row_K.repeat_interleave(torch.tensor(sizes)).to(prob_NV.device)
-    mass_J = prob_NV[row_J, torch.cat([one.ids for one in wanted])]
-    return list(mass_J.cpu().double().split(sizes))
+    row_J = np.repeat([one.at - start for one in wanted], sizes)
+    id_J = np.concatenate([one.ids for one in wanted])
+    place_2J = torch.from_numpy(np.stack([row_J, id_J])).to(prob_NV.device)
+    mass_J = prob_NV[place_2J[0], place_2J[1]].cpu().double().numpy()
+    return np.split(mass_J, np.cumsum(sizes)[:-1])
 
 
-def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _summed(parts: Sequence[tuple[Ids, Masses]]) -> tuple[Ids, Masses]:
     """Events, and the mass of each."""
-    events, place = torch.cat([event for event, _ in parts]).unique(return_inverse=True)
-    mass = torch.cat([mass for _, mass in parts])
-    return events, mass.new_zeros(len(events)).index_add(0, place, mass)
+    events, place = np.unique(np.concatenate([event for event, _ in parts]), return_inverse=True)
+    mass = np.zeros(len(events))
+    np.add.at(mass, place, np.concatenate([mass for _, mass in parts]))
+    return events, mass
 
 
-def _beside(events: Tensor, mass: Tensor) -> Carried:
+def _beside(events: Ids, mass: Masses) -> Carried:
     """Masses beside 1, the prediction after the taken token, as shares of the sum."""
     mass = mass * (mass > 0.01 * CARRY_FROM * (1 + mass.sum()))
     if mass.sum() <= CARRY_FROM:
         mass = mass * 0
-    kept = mass > 0
-    known = 1 + mass.sum()
-    return Carried(events[kept], mass[kept] / known, -math.log(known))
+    known = 1 + float(mass.sum())
+    return _carried(events, mass / known, -math.log(known))
 
 
-def _alone(events: Tensor, mass: Tensor, least: float) -> Carried | None:
+def _alone(events: Ids, mass: Masses, least: float) -> Carried | None:
     """Masses as shares of the known ones, if these are nearly all; -1 is not known."""
     is_known = events >= 0
     known = mass[is_known].sum()
     if not (known > least and known >= MOSTLY * mass.sum()):  # NaN is no law
         return None
-    kept = is_known & (mass > 0.01 * CARRY_FROM * known)
-    return Carried(events[kept], mass[kept] / mass[kept].sum(), -math.inf)
+    kept = np.where(is_known & (mass > 0.01 * CARRY_FROM * known), mass, 0.0)
+    return _carried(events, kept / kept.sum(), -math.inf)
+
+
+def _carried(events: Ids, mass: Masses, stay: float) -> Carried:
+    kept = mass > 0
+    return Carried(torch.from_numpy(events[kept]), torch.from_numpy(mass[kept]), stay)

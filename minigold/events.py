@@ -20,14 +20,18 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 __all__ = ["CHUNK", "EVENTS", "Events", "Measures", "Side", "Vocabulary", "match", "measure"]
 
 EVENTS = ("prefix", "strict", "byte")  # of what comes next
-KEPT = 2**15  # texts whose events, or longer tokens, are kept
+KEPT = 2**15  # texts whose events, or those of their longer tokens, are kept
 CHUNK = "chunk"  # no more than whether the observed chunk comes next
+
+Ids = npt.NDArray[np.int64]  # of tokens, or of events; on the CPU
 
 
 class Vocabulary(Protocol):
@@ -58,8 +62,8 @@ class Side:
         event_of: the event of any bytes.
         carries: see `Events.carries`.
         longest: bytes of the longest token.
-        keys, nothing, known: the sorted spellings; what `longer` gives where there is nothing, and
-            what it has made so far.
+        keys, order, event_of_id: the sorted spellings, their ids, and the event of each id, for `longer`.
+        known: of texts, the events of what each longer token adds, as far as they were asked for.
     """
 
     event_bytes: tuple[bytes, ...] = field(repr=False)
@@ -76,10 +80,9 @@ class Side:
     carries: bool
     longest: int
     keys: list[bytes] = field(repr=False)
-    nothing: tuple[Tensor, Tensor] = field(repr=False)
-    known: dict[tuple[bytes, int | None], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    order: Ids = field(repr=False)
+    event_of_id: Ids = field(repr=False)
+    known: dict[bytes, Ids] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_events(self) -> int:
@@ -89,8 +92,7 @@ class Side:
         moved: dict[str, Any] = {
             k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)
         }
-        ids, rests = (one.to(device) for one in self.nothing)
-        return replace(self, **moved, nothing=(ids, rests), known={})
+        return replace(self, **moved)
 
     def project(self, prob_NV: Tensor, floor: float = 0.0) -> Tensor:
         """Adds up token probabilities by event.
@@ -120,9 +122,9 @@ class Side:
         return event_K + (event_K == self.n_events)
 
     def longer(
-        self, text: bytes, event: int | None, told: tuple[tuple[int, int], ...] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Ids of the tokens that strictly extend `text`, and the event of what they add; int64.
+        self, text: bytes, event: int | None, told: Sequence[tuple[int, int]] = (), spaces: int = 0
+    ) -> tuple[Ids, Ids]:
+        """Ids of the tokens that strictly extend `text`, and the event of what they add.
 
         With an `event` only tokens of this event: where a token of it was taken at a shared
         boundary, all others were told apart from it there.
@@ -130,30 +132,30 @@ class Side:
         Args:
             told: the same for shared boundaries in the `text`: bytes from there to its end, and the
                 event that was taken.
+            spaces: tokens that add more spaces than this, and then anything, are left out; 0 for none.
         """
         low, high = _extensions(text, self.keys)
         if low == high:
-            return self.nothing
-        if told:
-            ids, rests = self.longer(text, event)
-            keep = [
-                all(
-                    self.event_of(self.spelling[i][len(text) - size :]) == one for size, one in told
-                )
-                for i in ids.tolist()
-            ]
-            return ids[keep], rests[keep]
-        if (text, event) not in self.known:
+            return self.order[:0], self.order[:0]
+        ids, rests = self.order[low:high], self._rests(text, low, high)
+        keep = np.ones(len(ids), dtype=bool) if event is None else self.event_of_id[ids] == event
+        for size, taken in told:
+            before = text[: len(text) - size]
+            start, stop = _extensions(before, self.keys) if before else (0, len(self.keys))
+            keep &= self._rests(before, start, stop)[low - start : high - start] == taken
+        if spaces:
+            more = text + b" " * (spaces + 1)
+            keep[bisect_left(self.keys, more) - low : _extensions(more, self.keys)[1] - low] = False
+        return ids[keep], rests[keep]
+
+    def _rests(self, text: bytes, low: int, high: int) -> Ids:
+        """The events of what is left of the keys from `low` to `high` after the `text`."""
+        if text not in self.known:
             if len(self.known) >= KEPT:
                 self.known.clear()
-            ids = self.sorted_U[low:high]
-            if event is None:
-                parts = [self.event_of(key[len(text) :]) for key in self.keys[low:high]]
-                self.known[text, event] = ids, self.sorted_U.new_tensor(parts)
-            else:
-                merged = self.event_V[ids] == event
-                self.known[text, event] = ids[merged], self.longer(text, None)[1][merged]
-        return self.known[text, event]
+            rests = (self.event_of(key[len(text) :]) for key in self.keys[low:high])
+            self.known[text] = np.fromiter(rests, np.int64, high - low)
+        return self.known[text]
 
     def event_on(self, rest: bytes, more: bytes) -> int:
         """The event of a `rest` that goes on with a token `more`.
@@ -185,7 +187,7 @@ class Side:
             low = bisect_left(self.keys, text[:n])
             high = bisect_right(self.keys, text[:n], lo=low)
             if low < high:
-                found += self.sorted_U[low:high].tolist()
+                found += self.order[low:high].tolist()
         return found
 
     def over(self, paths: Sequence[Sequence[tuple[int, bool]]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,13 +203,22 @@ class Side:
             event_J: int64, the event of what it adds.
         """
         found = [self.longer(*self._taken(path)) for path in paths]
-        id_J, event_J = (torch.cat([one[k] for one in (self.nothing, *found)]) for k in range(2))
-        counts_N = torch.tensor([len(one[0]) for one in found], dtype=torch.int64)
-        return torch.arange(len(found)).repeat_interleave(counts_N).to(id_J.device), id_J, event_J
+        path_J = np.repeat(np.arange(len(found)), [len(ids) for ids, _ in found])
+        columns = (np.concatenate([self.order[:0], *(one[k] for one in found)]) for k in range(2))
+        id_J, event_J = columns
+        device = self.event_V.device
+        return (
+            torch.from_numpy(path_J).to(device), torch.from_numpy(id_J).to(device),
+            torch.from_numpy(event_J).to(device),
+        )  # fmt: skip
+
+    def reaches_over(self, path: Sequence[tuple[int, bool]]) -> bool:
+        """Whether `over` has tokens for one path."""
+        return len(self.longer(*self._taken(path))[0]) > 0
 
     def _taken(
         self, path: Sequence[tuple[int, bool]]
-    ) -> tuple[bytes, int | None, tuple[tuple[int, int], ...]]:
+    ) -> tuple[bytes, int | None, list[tuple[int, int]]]:
         """The text of some tokens, and what was told apart at their shared boundaries."""
         text, told = b"", []
         for i, inside in reversed(path):
@@ -215,7 +226,7 @@ class Side:
             if not inside:
                 told.append((len(text), self.event_of(self.spelling[i])))
         event = told.pop()[1] if not path[0][1] else None
-        return text, event, tuple(told)
+        return text, event, told
 
 
 @dataclass(frozen=True)
@@ -446,7 +457,8 @@ def _side(
         carries=carries,
         longest=max(map(len, keys), default=0),
         keys=keys,
-        nothing=(event_V[:0], event_V[:0]),
+        order=np.array([i for _, i in ordered], dtype=np.int64),
+        event_of_id=np.array(event, dtype=np.int64),
     )
 
 

@@ -282,8 +282,15 @@ MUTANTS = (
     # longer tokens count where they were another event
     Mutant(
         "minigold/events.py",
-        "merged = self.event_V[ids] == event",
-        "merged = self.event_V[ids] >= 0",
+        "else self.event_of_id[ids] == event",
+        "else self.event_of_id[ids] >= 0",
+        "tests/test_events.py",
+    ),
+    # ... at a boundary on the way the rests of other tokens are looked at
+    Mutant(
+        "minigold/events.py",
+        "[low - start : high - start] == taken",
+        "[: high - low] == taken",
         "tests/test_events.py",
     ),
     # student and teacher change places
@@ -445,7 +452,7 @@ MUTANTS = (
     # ... and what it leaves open is not counted
     Mutant(
         "minigold/carry.py",
-        "torch.cat([ids, ids.new_tensor(ends)]), torch.cat([rests, unknown])",
+        "np.append(ids, of_ends), np.append(rests, np.full_like(of_ends, -1))",
         "ids, rests",
         "tests/test_carry.py",
     ),
@@ -488,8 +495,10 @@ MUTANTS = (
         "minigold/carry.py",
         'fewest > 0 and rest.startswith(b" " * (fewest + 1))',
         "False",
-        "tests/test_same_texts.py",
+        "tests/test_carry.py",
     ),
+    # ... or those of them that are tokens of their own,
+    Mutant("minigold/events.py", "        if spaces:\n", "        if 0:\n", "tests/test_events.py"),
     # ... what is left is not the other side's token,
     Mutant(
         "minigold/events.py",
@@ -1082,8 +1091,8 @@ MUTANTS = (
     # ... or it counts beside the rest alone
     Mutant(
         "minigold/carry.py",
-        "masked_fill(of_it_K, 0.0)",
-        "masked_fill(of_it_K & False, 0.0)",
+        "np.where(of_it_K, 0.0, masses[0])",
+        "masses[0]",
         "tests/test_carry.py",
     ),
     # a token that was told apart where the chunk starts is another path, too

@@ -153,8 +153,11 @@ def test_the_students_token_tells_longer_ones_apart_not_the_teachers() -> None:
 LINE = b"\n   "  # the student writes the last space with the word
 
 
-def lines() -> tuple[Events, LastTokenModel]:
-    """The teacher writes four spaces, `return` or `if`; the student three, ` return` or ` if`."""
+def lines(more: float = 0.0) -> tuple[Events, LastTokenModel]:
+    """The teacher writes four spaces, `return` or `if`; the student three, ` return` or ` if`.
+
+    With probability `more` the teacher goes on with three more spaces.
+    """
     student = words(LINE, "\n", " return", " if", " ", "   ", "x", "return", pieces={b"\n": LINE})
     teacher = words(
         "\n", "    ", "return", "if", "      ", "x", "   ", " ", " return", " if",
@@ -163,7 +166,7 @@ def lines() -> tuple[Events, LastTokenModel]:
     rows = torch.full((11, 11), 1e-9)
     rows[PROMPT[-1], 0] = rows[4, 2] = rows[2, 5] = rows[5, 5] = rows[6, 2] = 1.0
     rows[0, 1], rows[0, 4], rows[0, 6] = 0.94, 0.05, 0.01
-    rows[1, 2], rows[1, 3] = 0.7, 0.3
+    rows[1, 2], rows[1, 3], rows[1, 6] = 0.7 * (1 - more), 0.3 * (1 - more), more
     return match(student, teacher), LastTokenModel(rows)
 
 
@@ -183,6 +186,16 @@ def test_the_rest_of_a_token_goes_on_with_what_follows_it(branch: bool) -> None:
     reading = Reading(PROMPT, [0, 4 if branch else 1, 2], [3], inside=[one])
     (got,) = score(model, [reading], end_ids=[10], side=events.teacher, other_paths=True)
     want = {b" return": 0.94 * 0.7 / 0.99, b" if": 0.94 * 0.3 / 0.99, b" ": 0.05 / 0.99}
+    assert events_of(got.inside[1], events) == pytest.approx(want, abs=1e-6)
+
+
+def test_spaces_that_the_student_has_one_token_for_have_no_say() -> None:
+    """After its `\n···` more than one space would have been another token, whoever adds them."""
+    events, model = lines(more=0.2)
+    taken = [(LINE, events.student.event_of(LINE))]
+    reading = Reading(PROMPT, [0, 1, 2], [3], inside=[Inside(1, 0, taken, spaces=1)])
+    (got,) = score(model, [reading], end_ids=[10], side=events.teacher)
+    want = {b" return": 0.7, b" if": 0.3}
     assert events_of(got.inside[1], events) == pytest.approx(want, abs=1e-6)
 
 

@@ -221,6 +221,42 @@ def check_side(vocabulary: Vocabulary, side: Side, names: Sequence[bytes], seed:
         assert total.item() == pytest.approx(1)
 
 
+def test_tokens_that_add_too_many_spaces_are_left_out() -> None:
+    side = match(words("a", "b"), words("a", "a  b", "a b", "a   ", "a ", "ab", "a  ")).teacher
+    for spaces, left in ((0, [1, 2, 3, 4, 5, 6]), (1, [2, 4, 5]), (2, [1, 2, 4, 5, 6])):
+        assert sorted(side.longer(b"a", None, spaces=spaces)[0].tolist()) == left
+
+
+@given(two_vocabularies(), st.data())
+def test_longer_tokens_by_their_definition(
+    pair: tuple[Vocabulary, Vocabulary], data: st.DataObject
+) -> None:
+    events = match(*pair)
+    if events.identical:
+        return
+    side = data.draw(st.sampled_from([events.student, events.teacher]))
+    event_of, spelling = side.event_of, side.spelling
+    whole = data.draw(st.sampled_from([x for x in spelling if x]))
+    text = whole[: data.draw(st.integers(1, len(whole)))]
+    seen = st.one_of(
+        st.sampled_from([event_of(x[k:]) for x in spelling for k in range(len(x))]),
+        st.integers(0, side.n_events),
+    )
+    event = data.draw(st.none() | seen)
+    told = data.draw(st.lists(st.tuples(st.integers(1, len(text)), seen), max_size=2))
+    spaces = data.draw(st.integers(0, 2))
+    want = {}
+    for i, x in enumerate(spelling):
+        rest = x[len(text) :]
+        apart = any(event_of(x[len(text) - size :]) != one for size, one in told)
+        apart = apart or (event is not None and event_of(x) != event)
+        apart = apart or (spaces > 0 and rest.startswith(b" " * (spaces + 1)))
+        if x.startswith(text) and rest and not apart:
+            want[i] = event_of(rest)
+    ids, rests = side.longer(text, event, told, spaces)
+    assert dict(zip(ids.tolist(), rests.tolist(), strict=True)) == want and len(ids) == len(want)
+
+
 def test_strict_sends_unshared_tokens_nowhere_and_counts_them_as_overhang() -> None:
     """`hello` is the teacher's alone: what it would have covered is missing after `hel`."""
     student, teacher = words("hel", "help", "lo"), words("hel", "help", "hello", "lo")

@@ -344,7 +344,8 @@ def test_where_the_predictions_stand_does_not_matter(
     moved = replace(
         rows, student=replace(rows.student, place_N=places[0]), teacher_place_C=places[1]
     )
-    logits = [random_logits(64, n, seed=seed + n) for n in (V, W)]
+    sizes = [int(place.max()) + 1 for place in places]
+    logits = [random_logits(s, n, seed=seed + n) for s, n in zip(sizes, (V, W), strict=True)]
     there = [x[place] for x, place in zip(logits, places, strict=True)]
     losses = [
         chunk_losses(*both, rows=one, events=events, beta=0.5)
