@@ -103,13 +103,14 @@ class Longer:
 
     def __init__(self, reading: Reading, side: Side, *, other_paths: bool = False) -> None:
         self.reading, self.side, self.other_paths = reading, side, other_paths
-        self.covers = _covers(reading, side) if side.carries else []
-        self.begins = _begins(reading, side) if side.carries and other_paths else []
+        text = _Text(reading, side)
+        self.covers = _covers(text) if side.carries else []
+        self.begins = _begins(text) if side.carries and other_paths else []
         self.masses: list[Masses] = []
         self.begun: list[Masses] = []
         self.followed: list[tuple[int, tuple[Ids, Masses]]] = []
         self.after: dict[int, dict[int, _Next]] = {}  # by place and token
-        self.wanted = {one.at for one in self.covers if _is_own(one, reading, side)}
+        self.wanted = {one.at for one in self.covers if one.reached_by(text.spelled[one.at])}
         self.n_done = 0
 
     def add(self, prob_NV: Tensor) -> None:
@@ -251,24 +252,24 @@ class _Begin(NamedTuple):
     ids: Ids
 
 
-def _begins(reading: Reading, side: Side) -> list[_Begin]:
+def _begins(text: _Text) -> list[_Begin]:
     """All of them, by `at`.
 
     A tokenizer cuts a text by what follows: if a student writes eight spaces and a word where the
     teacher would have written seven and then ` if`, its eight spaces are a token that the teacher
     gives nothing, although it wanted these very bytes. What it wanted there shows on the other path.
     """
-    found = []
-    for start, end in pairwise([0, *reading.starts]):
-        spelled = [side.spelling[i] for i in reading.ids[start:end]]
-        if not all(spelled) or any(t in reading.opaque for t in range(start, end)):
+    found, opaque = [], text.reading.opaque
+    for start, end in pairwise(text.taken):
+        spelled = text.spelled[start:end]
+        if not all(spelled) or any(t in opaque for t in range(start, end)):
             continue
         for at in range(start, end):
-            text, taken = b"".join(spelled[at - start :]), spelled[at - start]
-            event = _taken(reading, side, at) if at == start else None
-            others = [i for i in _shorter(side, text, event) if side.spelling[i] != taken]
+            left = b"".join(text.spelled[at:end])
+            event = text.taken[at] if at == start else None
+            others = text.shorter(left, event, but=text.spelled[at])
             if others:
-                found.append(_Begin(start, at, end, text, np.array(others, dtype=np.int64)))
+                found.append(_Begin(start, at, end, left, np.array(others, dtype=np.int64)))
     return found
 
 
@@ -281,10 +282,14 @@ class _Next(NamedTuple):
 
 def _nexts(prob_NV: Tensor) -> list[_Next]:
     """Of each row; all but the likeliest tokens are left out, and these scaled up."""
-    prob_NF, id_NF = prob_NV.topk(min(MOST_FOLLOW, prob_NV.shape[1]))
-    counts = (prob_NF > FOLLOW_FROM).sum(1).clamp(min=1).tolist()
-    rows = zip(id_NF.tolist(), prob_NF.cpu().double().numpy(), counts, strict=True)
-    return [_Next(ids[:n], mass_F[:n] / mass_F[:n].sum()) for ids, mass_F, n in rows]
+    near_NV = prob_NV >= prob_NV.amax(1, keepdim=True).clamp(max=FOLLOW_FROM)
+    row_J, id_J = near_NV.nonzero(as_tuple=True)
+    mass_J, stop_N = prob_NV[row_J, id_J].cpu().double().numpy(), near_NV.sum(1).cumsum(0).tolist()
+    ids, found = id_J.cpu().numpy(), []
+    for start, stop in pairwise([0, *stop_N]):
+        best_F = start + np.argsort(-mass_J[start:stop])[:MOST_FOLLOW]
+        found.append(_Next(ids[best_F].tolist(), mass_J[best_F] / mass_J[best_F].sum()))
+    return found
 
 
 class _Cover(NamedTuple):
@@ -302,6 +307,10 @@ class _Cover(NamedTuple):
     ids: Ids
     rests: Ids
 
+    def reached_by(self, spelled: bytes) -> bool:
+        """Whether a token is one of those that reach over the boundary."""
+        return spelled.startswith(self.text) and len(spelled) > len(self.text)
+
     def next_event(self, rest: bytes, other: int) -> int:
         """Of the text itself after the boundary: what the student took there, if it is longer than the `rest`."""
         spelled, event = (b"", other) if self.inside is None else self.inside.follows
@@ -313,83 +322,84 @@ class _Cover(NamedTuple):
         return fewest > 0 and rest.startswith(b" " * (fewest + 1))
 
 
-def _is_own(cover: _Cover, reading: Reading, side: Side) -> bool:
-    """The completion's token is one of those that reach over the boundary."""
-    spelled = side.spelling[reading.ids[cover.at]]
-    return spelled.startswith(cover.text) and len(spelled) > len(cover.text)
-
-
-def _covers(reading: Reading, side: Side) -> list[_Cover]:
+def _covers(text: _Text) -> list[_Cover]:
     """All of them, by `at`."""
-    found = [
-        _Cover(start, None, *one)
-        for start in reading.starts
-        for one in _before(reading, side, start, b"", [])
-    ]
-    for one in reading.inside:
-        text = b"".join(spelled for spelled, _ in one.taken)
-        told, size = [], len(text)
+    starts = text.reading.starts
+    found = [_Cover(start, None, *one) for start in starts for one in text.before(start)]
+    for one in text.reading.inside:
+        left = b"".join(spelled for spelled, _ in one.taken)
+        told, size = [], len(left)
         for spelled, event in one.taken:
             told.append((size, event))
             size -= len(spelled)
-        for parts in (
-            _before(reading, side, one.start, text, told, one.spaces),
-            _behind(reading, side, one.start, text, told, one.spaces),
-        ):
-            found += [_Cover(one.start, one, *part) for part in parts]
+        for parts in (text.before, text.behind):
+            found += [
+                _Cover(one.start, one, *part) for part in parts(one.start, left, told, one.spaces)
+            ]
     return sorted(found, key=attrgetter("at"))
 
 
 Passed = Sequence[tuple[int, int]]  # boundaries on the way: bytes from there, and the event taken
+Part = tuple[int, bytes, Ids, Ids]  # `at`, `text`, `ids` and `rests` of a `_Cover`
 
 
-def _before(
-    reading: Reading, side: Side, start: int, text: bytes, told: Passed, spaces: int = 0
-) -> Iterator[tuple[int, bytes, Ids, Ids]]:
-    """Tokens that begin before `start` and reach over the `text` there."""
-    shared, told = {0, *reading.starts}, list(told)
-    for at in range(start - 1, -1, -1):
-        spelled = side.spelling[reading.ids[at]]
-        text = spelled + text
-        if at in reading.opaque or not spelled or len(text) >= side.longest:
-            break
-        event = _taken(reading, side, at) if at in shared else None
-        ids, rests = side.longer(text, event, told, spaces)
-        if len(ids):
-            yield at, text, ids, rests
-        if event is not None:
-            told.append((len(text), event))
+class _Text:
+    """A reading, and what in it longer tokens are looked up by.
 
+    `spelled`: the bytes of each token. `taken`: the event at 0 and at each chunk's start, in order.
+    `reached`: by token, those before it at which a longer one can begin, the nearest first; it begins
+    with all that is between.
+    """
 
-def _behind(
-    reading: Reading, side: Side, start: int, text: bytes, told: Passed, spaces: int
-) -> Iterator[tuple[int, bytes, Ids, Ids]]:
-    """Tokens that begin at `start`, or behind it, and reach over the `text` there, or end in it."""
-    for at in range(start, len(reading.ids)):
-        taken = side.spelling[reading.ids[at]]
-        goes_on = bool(taken) and text.startswith(taken)
-        event = told[0][1] if at == start else None
-        apart = [one for one in told if one[0] < len(text)]
-        ids, rests = side.longer(text, event, apart, spaces)
-        ends = [
-            i for i in _shorter(side, text, event) if not (goes_on and side.spelling[i] == taken)
-        ]
-        of_ends = np.array(ends, dtype=np.int64)
-        yield at, text, np.append(ids, of_ends), np.append(rests, np.full_like(of_ends, -1))
-        if not goes_on:
-            break
-        text = text[len(taken) :]
+    def __init__(self, reading: Reading, side: Side) -> None:
+        self.reading, self.side = reading, side
+        self.spelled = [side.spelling[i] for i in reading.ids]
+        own = [side.event_of(spelled) for spelled in (*self.spelled, b"")]  # the end is none
+        self.taken = {at: reading.taken.get(at, own[at]) for at in (0, *reading.starts)}
+        self.reached: dict[int, list[int]] = {}
+        for at in range(len(self.spelled) - 1, -1, -1):
+            text = b""
+            for stop in range(at, len(self.spelled)):
+                text += self.spelled[stop]
+                if stop in reading.opaque or not self.spelled[stop] or not side.goes_on(text):
+                    break
+                self.reached.setdefault(stop + 1, []).append(at)
 
+    def before(
+        self, start: int, text: bytes = b"", told: Passed = (), spaces: int = 0
+    ) -> Iterator[Part]:
+        """Tokens that begin before `start` and reach over the `text` there."""
+        for at in self.reached.get(start, ()):
+            whole, passed = text, list(told)
+            for k in range(start - 1, at, -1):
+                whole = self.spelled[k] + whole
+                if k in self.taken:
+                    passed.append((len(whole), self.taken[k]))
+            whole = self.spelled[at] + whole
+            ids, rests = self.side.longer(whole, self.taken.get(at), passed, spaces)
+            if len(ids):
+                yield at, whole, ids, rests
 
-def _taken(reading: Reading, side: Side, at: int) -> int:
-    """The event that was taken at a chunk's start."""
-    own = side.event_of(side.spelling[reading.ids[at]])
-    return reading.taken.get(at, own)
+    def behind(self, start: int, text: bytes, told: Passed, spaces: int) -> Iterator[Part]:
+        """Tokens that begin at `start`, or behind it, and reach over the `text` there, or end in it."""
+        for at in range(start, len(self.spelled)):
+            taken = self.spelled[at]
+            goes_on = bool(taken) and text.startswith(taken)
+            event = told[0][1] if at == start else None
+            apart = [one for one in told if one[0] < len(text)]
+            ids, rests = self.side.longer(text, event, apart, spaces)
+            ends = self.shorter(text, event, but=taken if goes_on else b"")
+            of_ends = np.array(ends, dtype=np.int64)
+            yield at, text, np.append(ids, of_ends), np.append(rests, np.full_like(of_ends, -1))
+            if not goes_on:
+                break
+            text = text[len(taken) :]
 
-
-def _shorter(side: Side, text: bytes, event: int | None) -> list[int]:
-    """Tokens that the text begins with, itself among them; with an `event` those of this event."""
-    return [i for i in side.begins(text) if event in (None, side.event_of(side.spelling[i]))]
+    def shorter(self, text: bytes, event: int | None, *, but: bytes) -> list[int]:
+        """Tokens that the text begins with, itself among them; with an `event` those of this event."""
+        spelling, of_id = self.side.spelling, self.side.event_of_id
+        found = self.side.begins(text)
+        return [i for i in found if spelling[i] != but and event in (None, of_id[i])]
 
 
 def _masses(prob_NV: Tensor, start: int, wanted: Sequence[_Cover | _Begin]) -> list[Masses]:

@@ -468,8 +468,8 @@ MUTANTS = (
     # the teacher's token tells apart what the student's did not
     Mutant(
         "minigold/carry.py",
-        "return reading.taken.get(at, own)",
-        "return own",
+        "reading.taken.get(at, own[at])",
+        "own[at]",
         "tests/test_carry.py",
     ),
     # nothing is compared inside chunks
@@ -1098,7 +1098,7 @@ MUTANTS = (
     # a token that was told apart where the chunk starts is another path, too
     Mutant(
         "minigold/carry.py",
-        "event = _taken(reading, side, at) if at == start else None",
+        "event = text.taken[at] if at == start else None",
         "event = None",
         "tests/test_teacher.py",
     ),
