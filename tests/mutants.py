@@ -286,6 +286,13 @@ MUTANTS = (
         "else self.event_of_id[ids] >= 0",
         "tests/test_events.py",
     ),
+    # what was looked up is looked up again
+    Mutant(
+        "minigold/events.py",
+        "if text not in self.known:",
+        "if text:",
+        "tests/test_carry.py",
+    ),
     # ... at a boundary on the way the rests of other tokens are looked at
     Mutant(
         "minigold/events.py",

@@ -379,6 +379,27 @@ def test_laws_inside_equal_the_slow_version(
 
 
 # ------------------------------------------------------------------------- where, and what it costs
+def test_what_was_looked_up_once_does_not_ask_for_every_token_again() -> None:
+    """Tens of thousands of Gemma's go on with a word and a space, or a space: not each, every time."""
+    student = words("a", " ", "b", "c")
+    teacher = words("a", " ", *(f"{lead} {n}" for lead in ("", "a") for n in range(250)), "b")
+    events, asked = match(student, teacher), []
+    event_of = events.teacher.event_of
+    side = dataclasses.replace(
+        events.teacher, event_of=lambda text: asked.append(text) or event_of(text)
+    )
+    space = student.token_bytes[1], int(events.student.event_V[1])
+    counts = []
+    for _ in range(2):
+        one = Inside(2, 1, [space], (b"b", int(events.student.event_V[2])), spaces=1)
+        longer = Longer(Reading(PROMPT, [0, 1, 502], [1], inside=[one]), side)
+        longer.add(torch.full((3, 504), 1 / 504))
+        longer.carried([math.log(1 / 504)] * 3)
+        counts.append(len(asked))
+        asked.clear()
+    assert counts[0] > 500 and counts[1] < 50
+
+
 def test_the_boundaries_are_the_students_own() -> None:
     pair, n_found = cross_pair(), 0
     for number in range(1, 12):

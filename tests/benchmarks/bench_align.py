@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What spans, chunks and the matching of two vocabularies cost, and what share of a step they are.
+"""What spans, chunks, longer tokens and the matching of two vocabularies cost, and their share of a step.
 
 One process; run it with one thread (`OMP_NUM_THREADS=1`). Runs take turns, and medians are compared.
 `--trl` measures TRL's alignment of the same tokens in the same turns (`pip install trl` first).
@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]
@@ -30,6 +31,7 @@ import minigold as mg  # noqa: E402
 from corpus import corpus_texts  # noqa: E402
 from minigold import rollout  # noqa: E402
 from minigold.align import align  # noqa: E402
+from minigold.carry import Longer  # noqa: E402
 from minigold.offsets import encode_continuation, spans_of_ids, text_of_ids, vocabulary  # noqa: E402
 from minigold.pair import make_pair, matched  # noqa: E402
 from minigold.train import take_step  # noqa: E402
@@ -122,7 +124,7 @@ def of_matching() -> Figures:
 
 
 def of_a_step(steps: int) -> Figures:
-    """Share of a training step that goes into ids, spans and chunks of its completions.
+    """Shares of a training step: ids, spans and chunks of its completions; what longer tokens say.
 
     SmolLM2-135M learns from Gemma-3-270M, both on their own, 8 prompts, 48 new tokens each.
     """
@@ -130,29 +132,40 @@ def of_a_step(steps: int) -> Figures:
     pair = make_pair(student, teacher)
     config = mg.Config(steps=steps, batch_size=8, max_new_tokens=48, teacher_plain=True)
     optimizer = torch.optim.AdamW(student.decoder.parameters(), lr=1e-6)
-    prompts, spent, answer_of = mg.data.read_prompts(PROMPTS), [0.0], rollout.answer_of
+    prompts = mg.data.read_prompts(PROMPTS)
+    spent = {"ids, spans and chunks": 0.0, "longer tokens": 0.0}
 
-    def timed(*args: Any, **fields: Any) -> Any:
-        started = time.perf_counter()
-        answer = answer_of(*args, **fields)
-        spent[-1] += time.perf_counter() - started
-        return answer
+    def clocked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **fields: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **fields)
+            spent[part] += time.perf_counter() - started
+            return result
 
-    rollout.answer_of = timed
-    shares, seconds, tokens = [], [], []
-    for number in range(1, steps + 2):
-        spent.append(0.0)
-        batch = [prompts[(8 * number + k) % len(prompts)] for k in range(8)]
-        step = take_step(pair, optimizer, batch, config, number=number)
-        shares.append(spent[-1] / step.metrics["seconds"])
-        seconds.append(step.metrics["seconds"])
-        tokens.append(step.metrics["completion_tokens"])
-    rollout.answer_of = answer_of
-    return {
-        "step of the real pair: s": median(seconds[1:]),
-        "step: completion tokens": median(tokens[1:]),
-        "share of ids, spans and chunks in the step": median(shares[1:]),
+        return timed
+
+    looked_up = {
+        name: clocked("longer tokens", getattr(Longer, name))
+        for name in ("__init__", "add", "branches", "follow", "carried")
     }
+    rows = []
+    with (
+        patch.object(rollout, "answer_of", clocked("ids, spans and chunks", rollout.answer_of)),
+        patch.multiple(Longer, **looked_up),
+    ):
+        for number in range(1, steps + 2):
+            spent.update(dict.fromkeys(spent, 0.0))
+            batch = [prompts[(8 * number + k) % len(prompts)] for k in range(8)]
+            metrics = take_step(pair, optimizer, batch, config, number=number).metrics
+            shares = {f"share of {part} in the step": s for part, s in spent.items()}
+            rows.append(
+                {
+                    "step of the real pair: s": metrics["seconds"],
+                    "step: completion tokens": metrics["completion_tokens"],
+                    **{name: s / metrics["seconds"] for name, s in shares.items()},
+                }
+            )
+    return {name: median(row[name] for row in rows[1:]) for name in rows[0]}
 
 
 def main() -> None:
