@@ -401,6 +401,10 @@ def test_a_run_is_one_small_file_that_is_not_made_twice(
     assert {len(found[key]) for key in ("right", "stopped", "indented")} == {6}
     assert [look["step"] for look in found["curve"]] == [3]
     assert found["tokens"] == found["curve"][-1]["tokens"] > 0 < found["cpu_seconds"]
+    others = {
+        screen.weights_of(models, ARMS[arm]) for arm in ("gold", "all", "untaught", "same-gold")
+    }
+    assert found["weights"] in others and len(others) == 3 and len(found["weights"]) == 8
 
     def no_more(*_args: Any) -> str:
         raise AssertionError("it was run again")

@@ -16,6 +16,7 @@ its memory is its own. `table.py` makes tables and plots of the files.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -112,7 +113,8 @@ def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str,
             teacher = load(models / arm.teacher, dtype=task.teacher)
             trained = _trained(student, teacher, train, test, config, every)
     measures = measure(student, load(models / "teacher", dtype=task.teacher), test, base)
-    return {**settings, **measures, **trained, "config": arm.changes, "machine": machine()}
+    begun = {"weights": weights_of(models, arm), "config": arm.changes, "machine": machine()}
+    return {**settings, **measures, **trained, **begun}
 
 
 def _trained(
@@ -201,6 +203,15 @@ def measure(
         **{key: found[key] for key in keys},
         **{f"{key}_{end}": found[f"{key}_{end}"] for key in keys[:1] for end in ("low", "high")},
     }
+
+
+def weights_of(models: Path, arm: Arm) -> str:
+    """Eight digits that stand for the weights of student and teacher: made anew, they are others."""
+    digest = hashlib.sha256()
+    for name in (arm.student, arm.teacher):
+        for path in sorted((models / name).glob("*.safetensors")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def machine() -> dict[str, str]:
