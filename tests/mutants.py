@@ -472,6 +472,20 @@ MUTANTS = (
     ),
     # ... or are told apart where the chunk does not start
     Mutant("minigold/carry.py", "size -= len(spelled)", "size -= 0", "tests/test_carry.py"),
+    # a longer token reaches over what cannot be scored
+    Mutant(
+        "minigold/carry.py",
+        "if stop in reading.opaque or not self.spelled[stop]",
+        "if not self.spelled[stop]",
+        "tests/test_teacher.py",
+    ),
+    # ... or what was told apart on the way is not
+    Mutant(
+        "minigold/carry.py",
+        "passed.append((len(whole), self.taken[k]))",
+        "pass",
+        "tests/test_teacher.py",
+    ),
     # the teacher's token tells apart what the student's did not
     Mutant(
         "minigold/carry.py",

@@ -780,6 +780,8 @@ def test_runs_of_another_sitting_stay(tmp_path: Path) -> None:
     assert [run == again for run in runs] == [True, *[False] * 5]
     other = {**again, "lr": 4e-3}  # of another rate: a run of its own
     assert table.collect(tmp_path, [other]) == [again, other]
+    with pytest.raises(ValueError, match=r"expected runs of the arms in .*, got one of 'of old'"):
+        table.collect(tmp_path, [{**again, "arm": "of old"}])
 
 
 def test_the_page_of_this_repository_is_what_its_results_say() -> None:

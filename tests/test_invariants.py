@@ -687,11 +687,11 @@ LONG = 100_000
 def assert_not_quadratic(run: Callable[[int], object]) -> None:
     """Four times the size take less than eight times as long, on a fast machine or a slow one."""
     seconds = []
-    for size in (LONG // 4, LONG):
+    for size in (8, LONG // 4, LONG):  # the first makes the tokenizer's tables
         start = time.process_time()
         run(size)
         seconds.append(time.process_time() - start)
-    assert seconds[1] < 8 * seconds[0] + 0.5, seconds
+    assert seconds[2] < 8 * seconds[1] + 0.1, seconds
 
 
 @pytest.mark.real

@@ -5,8 +5,9 @@
     python examples/experiments/table.py                  the page from docs/results alone
 
 The runs of `runs/screen` go into `docs/results/screen.json`, one line a run, and so with each name in
-`FOLDERS`; a run that is there already is replaced, and those of other sittings stay. From these files, and nothing else, the parts of the page between markers and the plots
-are made. What was not run is said so there. The rules of the verdicts stand in the page.
+`FOLDERS`; a run that is there already is replaced, and those of other sittings stay. From these files,
+and nothing else, the parts of the page between markers and the plots are made. What was not run is
+said so there. The rules of the verdicts stand in the page.
 """
 
 from __future__ import annotations
@@ -418,10 +419,20 @@ def page(text: str, parts: Mapping[str, str]) -> str:
 
 # ------------------------------------------------------------------- files
 def collect(folder: Path, known: Sequence[Run] = ()) -> list[Run]:
-    """The runs of a folder, and those of `known` that it does not have, by arm, seed and rate."""
+    """The runs of a folder, and those of `known` that it does not have, by arm, seed and rate.
+
+    Raises:
+        ValueError: a run of no arm.
+    """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
-    order = list(ARMS)
-    runs = {(order.index(run["arm"]), run["seed"], run["lr"]): run for run in [*known, *found]}
+    order, runs = {arm: place for place, arm in enumerate(ARMS)}, {}
+    for run in [*known, *found]:
+        if run.get("arm") not in order:
+            raise ValueError(
+                f"expected runs of the arms in arms.py in {folder} and docs/results, got one of "
+                f"{run.get('arm')!r}; take it out, or name it as the arm is named now"
+            )
+        runs[order[run["arm"]], run["seed"], run["lr"]] = run
     return [runs[key] for key in sorted(runs)]
 
 
