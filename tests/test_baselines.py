@@ -44,11 +44,8 @@ NEUTRAL = (1.0, 1.0)
 
 
 @pytest.fixture(autouse=True)
-def suffixes(request: pytest.FixtureRequest) -> Iterator[None]:
+def suffixes() -> Iterator[None]:
     """The dimension letters of the example, as conftest.py holds the package to them."""
-    if request.node.get_closest_marker("unwatched"):
-        yield
-        return
     with ShapeSuffixes(baselines.__name__) as watch:
         yield
     assert not watch.errors, "\n".join(dict.fromkeys(watch.errors))
@@ -804,7 +801,6 @@ def test_trl_gold_is_trl_with_real_vocabularies(
 
 
 @pytest.mark.real
-@pytest.mark.unwatched
 def test_raw_strings_hide_most_of_gemma() -> None:
     """The docstring of `matched_by_string`."""
     student, teacher = (real_tokenizer(name) for name in ("smollm2", "gemma3"))
@@ -815,7 +811,6 @@ def test_raw_strings_hide_most_of_gemma() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.unwatched
 def test_bpm_is_the_slow_version_with_real_vocabularies() -> None:
     """Every row's mass, and in full: the first row, one inside a token, two over several tokens."""
     one = real_given("smollm2", "qwen3").answer

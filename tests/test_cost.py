@@ -201,7 +201,6 @@ def pair_and_config(family: str, **changes: Any) -> tuple[Pair, Config]:
     return make_pair(student, teacher), Config(**settings)
 
 
-@pytest.mark.unwatched
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("micro_batch", "checkpointing"), [(2, False), (5, False), (2, True)])
 def test_operations_of_the_training_pass(
@@ -222,7 +221,6 @@ def test_operations_of_the_training_pass(
     assert counter.get_total_flops() == expected_operations(pair, rollouts, chosen, config)
 
 
-@pytest.mark.unwatched
 @pytest.mark.parametrize(
     ("targets", "checkpointing"),
     [*((targets, False) for targets in TARGETS), (MATRICES, True), (("v_proj",), True)],

@@ -78,7 +78,6 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert a == b
 
 
-@pytest.mark.unwatched
 def test_the_student_learns_and_a_control_does_not() -> None:
     """At reduced steps; the whole lengths, and all controls, are `slow`."""
     steps = 200
@@ -103,7 +102,6 @@ def test_the_whole_demo_reaches_its_teacher() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unwatched
 @pytest.mark.parametrize("name", ["fine-tuned", "shuffled", "shifted"])
 def test_controls_stay_behind_at_the_whole_length(name: str) -> None:
     assert controls.run_arm(name, steps=DEMO.steps, seed=0) <= 0.3

@@ -35,7 +35,6 @@ arms, baselines, real_tasks, task = (
     sys.modules[name] for name in ("arms", "baselines", "real_tasks", "task")
 )
 
-pytestmark = pytest.mark.unwatched  # tensors of the losses are held to their names elsewhere
 
 ARMS, TRAINED = arms.ARMS, [name for name, arm in arms.ARMS.items() if arm.trains]
 SMALL = dataclasses.replace(arms.BASE, batch_size=4, max_new_tokens=16)

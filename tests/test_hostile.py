@@ -43,7 +43,6 @@ from minigold.weights import load_decoder, save_decoder
 from tiny_folders import CHATML, edit_json, tiny_folder
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
-pytestmark = pytest.mark.unwatched
 PACKAGE = Path(__file__).parent.parent / "minigold"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUICK = 2000  # inputs of the fuzzer here; `make nightly` tries 100,000

@@ -23,7 +23,6 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns when it is im
 in_trl = example("in_trl")
 GOLDTrainer = in_trl.GOLDTrainer
 pytestmark = [
-    pytest.mark.unwatched,
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*use_cpu.*:FutureWarning"),
 ]

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from corpus import SENTENCES, corpus_texts, random_ids
+from growth import assert_not_quadratic
 from minigold.align import Chunks, align
 from minigold.offsets import (
     BROKEN,
@@ -45,8 +45,6 @@ from minigold.offsets import (
 from real_tokenizers import FILES, REAL, real_tokenizer, tokenizer_folder
 from reference import replace_slow
 from tokenizers_for_tests import FAMILIES, MORE_FAMILIES
-
-pytestmark = pytest.mark.unwatched  # no tensors here
 
 TRAINED = FAMILIES | MORE_FAMILIES
 MISSING = ("t5", "albert", "unigram_bytes", "wordpiece", "wordpiece_cased", "characters")
@@ -684,16 +682,6 @@ def test_added_tokens_are_special_only_as_ids(name: str) -> None:
 LONG = 100_000
 
 
-def assert_not_quadratic(run: Callable[[int], object]) -> None:
-    """Four times the size take less than eight times as long, on a fast machine or a slow one."""
-    seconds = []
-    for size in (8, LONG // 4, LONG):  # the first makes the tokenizer's tables
-        start = time.process_time()
-        run(size)
-        seconds.append(time.process_time() - start)
-    assert seconds[2] < 8 * seconds[1] + 0.1, seconds
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("unit", [" ", "a", "\n", "e\u0301", "\u0301", "好", "\x00"])
 @pytest.mark.parametrize("name", ROSTER)
@@ -706,14 +694,14 @@ def test_long_runs_take_no_quadratic_time(name: str, unit: str) -> None:
         align(spans, side_of_text("byte_level", text).spans)
         spans_of_ids(tokenizer, ids)
 
-    assert_not_quadratic(run)
+    assert_not_quadratic(run, LONG)
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
 def test_many_broken_bytes_take_no_quadratic_time(name: str) -> None:
     one = byte_id(name, 0x85)
-    assert_not_quadratic(lambda size: spans_of_ids(tokenizer_of(name), [one] * size))
+    assert_not_quadratic(lambda size: spans_of_ids(tokenizer_of(name), [one] * size), LONG)
     spans = spans_of_ids(tokenizer_of(name), [one] * LONG)
     assert spans[-1].tolist() == [3 * LONG - 3, 3 * LONG, BROKEN]
 

@@ -21,8 +21,6 @@ from minigold.progress import progress_bar
 from tiny_folders import tiny_folder
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
-pytestmark = pytest.mark.unwatched
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:

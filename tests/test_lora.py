@@ -90,7 +90,6 @@ def by_hand(decoder: Decoder, adapter: Adapter) -> Decoder:
 
 
 # ------------------------------------------------------------------------------------- the numbers
-@pytest.mark.unwatched
 @given(st.sampled_from(FAMILIES), adapters, st.integers(0, 99))
 def test_an_adapter_is_a_change_of_the_matrices(family: str, adapter: Adapter, seed: int) -> None:
     decoder = with_adapter(new_decoder(family, seed=seed), adapter, seed).double().eval()
@@ -106,7 +105,6 @@ def test_an_adapter_is_a_change_of_the_matrices(family: str, adapter: Adapter, s
     torch.testing.assert_close(logits_of(decoder), before, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.unwatched
 @given(st.sampled_from(FAMILIES), adapters, st.integers(0, 99))
 def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(
     family: str, adapter: Adapter, seed: int
@@ -392,7 +390,6 @@ def test_an_adapter_on_a_base_of_sixteen_bits_works_in_float32_as_in_peft(tmp_pa
     assert error < 0.1 and error == pytest.approx(float((expected - exact).abs().mean()), rel=0.3)
 
 
-@pytest.mark.unwatched
 @given(st.sampled_from(FAMILIES), adapters)
 def test_what_is_written_comes_back(family: str, adapter: Adapter) -> None:
     base, again = new_decoder(family), new_decoder(family)

@@ -34,7 +34,6 @@ from minigold.train import Step, adamw, distill
 from tiny_folders import tiny_folder
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
-pytestmark = pytest.mark.unwatched
 VARYING = {"seconds", "seconds_sample", "seconds_teacher", "seconds_train", "peak_memory_gib"}
 SETTINGS: dict[str, Any] = {
     "steps": 5, "batch_size": 2, "rollouts": 2, "max_new_tokens": 8, "lr": 0.01, "warmup": 1,

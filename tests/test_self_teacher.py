@@ -59,7 +59,6 @@ def same_pair() -> Pair:
     return make_pair(*self_pair("gemma3_text", seed=5))
 
 
-@pytest.mark.unwatched
 @settings(max_examples=settings().max_examples // 4)  # each is a step of training
 @given(
     beta=st.sampled_from((0.0, 0.1, 0.5, 1.0)),
@@ -97,7 +96,6 @@ def logp_of_answer(model: LanguageModel, prompt: str, answer: str, *, plain: boo
     return float(logp_of(logits_SV, logits_SV.softmax(-1), torch.tensor(ids)).sum())
 
 
-@pytest.mark.unwatched
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_the_student_takes_over_what_the_teacher_read(beta: float) -> None:
     """The demo's teacher knows the answer to the sums; of the student's prompt nobody could."""
@@ -199,7 +197,6 @@ def test_no_right_answer_reaches_training(arm: str, monkeypatch: pytest.MonkeyPa
     assert len({config.seed for *_, config in calls}) == 2
 
 
-@pytest.mark.unwatched
 def test_the_example_runs_and_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
     small = "--arms synthesis,likeliest --prepare 3 --steps 2 --prompts 12 --tests 5"
     assert cat.main(small.split()) == 0
@@ -222,7 +219,6 @@ def test_gains_are_paired_by_prompt() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unwatched
 def test_rollouts_beside_other_sums_teach_and_those_of_the_prompt_alone_do_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -24,7 +24,6 @@ from minigold.watch import WINDOW, collapses, failed_in_a_row, finite
 from tiny_folders import tiny_folder
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
-pytestmark = pytest.mark.unwatched
 CONFIG = Config(
     steps=6, batch_size=2, max_new_tokens=6, lr=0.01, warmup=0, where="all", save_every=2,
     student_plain=True, teacher_plain=True,
