@@ -252,6 +252,10 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Array]]:
 def _told(arrays: dict[str, Array]) -> Iterator[tuple[Key, Told]]:
     ends = arrays["prompt_ends"].tolist(), arrays["ends"].tolist()
     starts = [[0, *one[:-1]] for one in ends]
+    n_places = len(arrays["ids"]) + len(arrays["ends"])
+    sizes = {name: len(arrays[name]) for name in ("logp", "top_ids", "top_logp")}
+    if set(sizes.values()) != {n_places}:
+        raise ValueError(f"rows {sizes} for {n_places} places")
     logp_M, top_logp_MK = (torch.from_numpy(arrays[x]).double() for x in ("logp", "top_logp"))
     top_id_MK = torch.from_numpy(arrays["top_ids"]).long()
     for n, (p0, p1, t0, t1) in enumerate(zip(starts[0], ends[0], starts[1], ends[1], strict=True)):

@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
 
 def test_the_student_learns_and_a_control_does_not() -> None:
     """At reduced steps; the whole lengths, and all controls, are `slow`."""
-    steps = 200
+    steps = 150
     assert controls.run_arm("gold", steps=steps, seed=0) >= 0.3
     assert controls.run_arm("shifted", steps=steps, seed=0) <= 0.1
 

@@ -220,6 +220,8 @@ def test_a_file_that_is_no_scores_in_a_right_envelope_is_refused(
     for name in {*arrays} - {"lines"}:
         refused(metadata, {k: v for k, v in arrays.items() if k != name})
         refused(metadata, {**arrays, name: np.zeros((), arrays[name].dtype)})
+    for name in ("logp", "top_ids", "top_logp", "ids", "ends"):
+        refused(metadata, {**arrays, name: arrays[name][:-1]})
     for key in {*metadata} - {"format", "plain"}:
         refused({k: v for k, v in metadata.items() if k != key}, arrays)
     refused(metadata | {"facts": "[]"}, arrays)
