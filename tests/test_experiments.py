@@ -438,6 +438,30 @@ def test_what_fails_is_told_and_what_is_done_stays(
     assert sorted(ran) == ["bpm", "gold", "uld", "uld"]
 
 
+def test_a_smaller_batch_has_as_many_more_steps_but_at_equal_time(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, arm in ARMS.items():
+        small = arm.changes.get("batch_size", arms.BASE.batch_size)
+        assert small * arm.times == arms.BASE.batch_size, name
+        assert arm.changes.get("warmup", arms.BASE.warmup) == arms.BASE.warmup * arm.times, name
+    ran = {}
+
+    def no_run(settings: dict[str, Any], path: Path, _models: Path) -> str:
+        ran[path] = settings["steps"]
+        path.write_text(json.dumps({**settings, "cpu_seconds": 10.0 * len(ran)}))
+        return "done"
+
+    monkeypatch.setattr(screen, "one_process", no_run)
+    line = ["--arms", "gold,batch-16,bpm", "--steps", "50", "--models", str(models)]
+    assert screen.main([*line, "--out", str(tmp_path / "a")]) == 0
+    assert [*ran.values()] == [50, 200, 50]
+    assert (
+        screen.main([*line, "--equal-time", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 0
+    )
+    assert [*ran.values()][3:] == [50, 100, 17]
+
+
 def test_the_untouched_student_is_measured_as_it_is(models: Path, few: None) -> None:
     for name in ("untouched", "teacher"):
         settings = screen.settings_of(name, 0, task="tiny", steps=9, lr=1e-3, on="held-out")

@@ -73,6 +73,7 @@ class Arm:
             and `[T + 1, W]`; it gives the answer's loss, summed over tokens if `per_token`.
         per_token: the step's loss is the mean over its tokens, not over its answers.
         trains: False measures the student as it is.
+        times: the task's steps; as many tokens are sampled if its batch is that much smaller.
         student, teacher: folders of `task.make`.
     """
 
@@ -83,6 +84,7 @@ class Arm:
     loss: Callable[[Pair], AnswerLoss] | None = None
     per_token: bool = False
     trains: bool = True
+    times: int = 1
     student: str = "student"
     teacher: str = "teacher"
 
@@ -282,6 +284,12 @@ ARMS: dict[str, Arm] = {
     "beta-0.5": Arm("parts", "JSD", {"beta": 0.5}),
     "beta-1": Arm("parts", "KL(student||teacher)", {"beta": 1.0}),
     "lambda-0.5": Arm("parts", "half of the rows written by the teacher", {"lmbda": 0.5}),
+    "temperature-0.7": Arm("settings", "sampled at temperature 0.7", {"temperature": 0.7}),
+    "temperature-1.3": Arm("settings", "sampled at temperature 1.3", {"temperature": 1.3}),
+    "softened-2": Arm("settings", "both distributions at temperature 2, sampled at 1",
+                      {"student_temperature": 2.0, "teacher_temperature": 2.0}),
+    "batch-16": Arm("settings", "a quarter of the batch, four times the steps",
+                    {"batch_size": 16, "micro_batch": 16, "warmup": 200}, times=4),
     **_masks(),
     "shifted": Arm("controls", "chunks beside their neighbour's teacher tokens",
                    names=((batch, "align", shifted),)),

@@ -111,7 +111,7 @@ def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str,
     if steps:
         with replaced(arm):
             teacher = load(models / arm.teacher, dtype=task.teacher)
-            trained = _trained(student, teacher, train, test, config, every)
+            trained = _trained(student, teacher, train, test, config, every * arm.times)
     measures = measure(student, load(models / "teacher", dtype=task.teacher), test, base)
     begun = {"weights": weights_of(models, arm), "config": arm.changes, "machine": machine()}
     return {**settings, **measures, **trained, **begun}
@@ -343,10 +343,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = []
     for seed in args.seeds:  # a whole table of one seed first
         for name in names:
+            own = steps * ARMS[name].times
             if args.equal_time:
-                steps = steps_for(name, seed, args.equal_time)
+                own = steps_for(name, seed, args.equal_time)
             lr = task.lr.get(name, task.base.lr) if args.lr is None else args.lr
-            settings = settings_of(name, seed, task=args.task, steps=steps, lr=lr, on=args.on)
+            settings = settings_of(name, seed, task=args.task, steps=own, lr=lr, on=args.on)
             if not is_done(_path(args.out, settings), settings):
                 wanted.append(settings)
     with ThreadPoolExecutor(args.jobs) as pool:
