@@ -45,7 +45,7 @@ from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
 PACKAGE = Path(__file__).parent.parent / "minigold"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-QUICK = 2000  # inputs of the fuzzer here; `make nightly` tries 100,000
+QUICK = 1000  # inputs of the fuzzer here; `make nightly` tries 100,000
 
 
 # ------------------------------------------------------------------------------------ the fuzzer
