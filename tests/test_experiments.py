@@ -444,12 +444,12 @@ def test_a_smaller_batch_has_as_many_more_steps_but_at_equal_time(
     for name, arm in ARMS.items():
         small = arm.changes.get("batch_size", arms.BASE.batch_size)
         assert small * arm.times == arms.BASE.batch_size, name
-        assert arm.changes.get("warmup", arms.BASE.warmup) == arms.BASE.warmup * arm.times, name
     ran = {}
 
     def no_run(settings: dict[str, Any], path: Path, _models: Path) -> str:
         ran[path] = settings["steps"]
-        path.write_text(json.dumps({**settings, "cpu_seconds": 10.0 * len(ran)}))
+        row = {**settings, "cpu_seconds": 10.0 * len(ran), "machine": screen.machine()}
+        path.write_text(json.dumps(row))
         return "done"
 
     monkeypatch.setattr(screen, "one_process", no_run)
@@ -480,7 +480,7 @@ def test_validation_prompts_are_not_trained_on(models: Path) -> None:
 
 def test_equal_time_gives_a_slow_arm_fewer_steps(tmp_path: Path) -> None:
     for name, seconds in (("gold", 100.0), ("bpm", 400.0), ("untouched", 1.0)):
-        row = {"steps": 250 if name != "untouched" else 0, "cpu_seconds": seconds}
+        row = {"steps": 250 if name != "untouched" else 0, "cpu_seconds": seconds, "machine": {}}
         (tmp_path / f"{name}.seed0.json").write_text(json.dumps(row))
     assert screen.steps_for("bpm", 0, tmp_path) == 62
     assert screen.steps_for("gold", 0, tmp_path) == 250
@@ -488,6 +488,23 @@ def test_equal_time_gives_a_slow_arm_fewer_steps(tmp_path: Path) -> None:
         screen.steps_for("uld", 0, tmp_path)
     with pytest.raises(ValueError, match="expected an arm that is trained, got 'untouched'"):
         screen.steps_for("untouched", 0, tmp_path)
+    other = {"steps": 250, "cpu_seconds": 9.0, "machine": {"cpu": "y"}}
+    (tmp_path / "bpm.seed0.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"expected 'bpm' and 'gold' from one machine, got .*'y'"):
+        screen.steps_for("bpm", 0, tmp_path)
+
+
+def test_the_warm_up_is_a_share_of_the_steps() -> None:
+    one = {"task": "tiny", "seed": 7, "lr": 1e-3}
+    for name, steps in (("gold", 250), ("gold", 50), ("batch-16", 1000), ("bpm", 1)):
+        config = screen.config_of({**one, "arm": name, "steps": steps})
+        assert (config.steps, config.warmup) == (steps, steps // 5)
+        batch = 16 if name == "batch-16" else SMALL.batch_size
+        assert (config.seed, config.lr, config.batch_size) == (7, 1e-3, batch)
+        assert screen.told(config) == {
+            key: x for key, x in dataclasses.asdict(config).items()
+            if x != dataclasses.asdict(minigold.config.Config())[key]
+        }  # fmt: skip
 
 
 def test_an_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -718,6 +735,45 @@ def test_a_mask_must_be_small_and_cheaper(change: dict[str, Any], holds: bool) -
     assert verdict(r, "keep 95%") == "**fails**"
     r = made({**ENDS, "gold": 0.8, "all": 0.8, "random-weighted": 0.8}, **more)
     assert verdict(r, "keep 95%") == "**fails**"
+    if holds:
+        assert verdict(made({**ENDS, "gold": 0.8, "all": 0.8}, **more), "keep 95%") == "not run yet"
+
+
+def test_seeds_are_drawn_as_prompts_are() -> None:
+    """Prompts are sure of the difference; three seeds that differ are not."""
+    rows = {"gold": (190, 200, 199), "random-weighted": (199, 163, 178), "shifted": (40, 41, 42)}
+    runs = {arm: [{**made({arm: k / 200}, seeds=1).runs[arm][0], "seed": seed}
+                  for seed, k in enumerate(ks)] for arm, ks in rows.items()}  # fmt: skip
+    r = table.Results(runs)
+    value, low, high = r.above("gold", "random-weighted")
+    assert value == pytest.approx(49 / 600) and low < 0 < value < high < 0.2
+    assert r.above("gold", "gold")[0] == 0
+    value, low, high = r.above("gold", "shifted")
+    assert 0.65 < low < value < high < 0.9
+
+
+def test_pairs_are_told_apart() -> None:
+    bits = {arm: {"bits_per_byte_teacher": x}
+            for arm, x in (("teacher", 0.01741), ("gold", 0.01742), ("uld", 0.0223))}  # fmt: skip
+    r = made(
+        {**ENDS, "gold": 0.8, "uld": 0.1, "bpm": 0.1},
+        untouched=bits["teacher"],
+        bpm=bits["gold"],
+        **bits,
+    )
+    assert [r.pairs(arm) for arm in ("gold", "bpm", "uld")] == ["A", "A", "B"]
+    assert r.pairs("gold", "uld") == "AB"
+    assert verdict(r, "more than `bpm`") == "holds"
+    assert verdict(r, "more than `uld`") == "holds (pairs AB)"
+
+
+def test_sums_that_are_lost_are_counted() -> None:
+    told = [str(p.prompt) for p in task.held_out()]
+    right = "".join("01"["zero glim two" not in text] for text in told)
+    assert right.count("0") == 19
+    run = {**made({"gold": 0.5}, seeds=1).runs["gold"][0], "right": right}
+    assert table.lost_sums(run) == 1 and table.lost_sums({**run, "right": "0" * 200}) == 25
+    assert table.sums(table.Results({"gold": [run, run]})).endswith("by seed: `gold` 1, 1.")
 
 
 def test_stops_and_indentation_are_the_teachers() -> None:
@@ -801,8 +857,9 @@ def test_runs_of_another_sitting_stay(tmp_path: Path) -> None:
         (arm, seed) for arm in ("gold", "uld") for seed in range(3)
     ]
     assert [run == again for run in runs] == [True, *[False] * 5]
-    other = {**again, "lr": 4e-3}  # of another rate: a run of its own
-    assert table.collect(tmp_path, [other]) == [again, other]
+    other = {**again, "lr": 4e-3}
+    assert table.collect(tmp_path, [other]) == [again]  # the arm has another rate now
+    assert table.collect(tmp_path, [other], by_rate=True) == [again, other]
     with pytest.raises(ValueError, match=r"expected runs of the arms in .*, got one of 'of old'"):
         table.collect(tmp_path, [{**again, "arm": "of old"}])
 

@@ -4,7 +4,7 @@
 Where it stands: `screen.py` runs an arm through `minigold.distill`. An arm changes settings, or
 replaces names of modules while it runs (`replaced`), or has another loss (`whole_pass`), or takes
 another pair. Rivals' losses are those of `baselines.py`, on the same answers as ours unless their
-arm says so. None of them saves work by a mask; `where` is `all` there.
+arm says so. What has a loss of its own saves no work by a mask; `where` is `all` there.
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ ARMS: dict[str, Arm] = {
                       loss=label_loss, per_token=True),
     "off-policy": Arm("rivals", "lambda 0: our loss on what the teacher wrote", {"lmbda": 0.0}),
     "uld": Arm("rivals", "ULD on chunks", ALL, loss=uld_loss),
-    "trl-gold": Arm("rivals", "TRL's GOLD as it ships: hybrid loss, observed; temperature 0.9, "
-                    "top-p 0.95, lambda 0.5", {**ALL, **TRL_SAMPLING}, loss=trl_loss("observed")),
+    "trl-gold": Arm("rivals", "TRL's GOLD: hybrid loss, observed; sampling as it ships: temperature "
+                    "0.9, top-p 0.95, lambda 0.5", {**ALL, **TRL_SAMPLING}, loss=trl_loss("observed")),
     "trl-gold-on": Arm("rivals", "the same loss on our samples", ALL, loss=trl_loss("observed")),
     "trl-bayesian": Arm("rivals", "TRL's GOLD, bayesian, on our samples", ALL,
                         loss=trl_loss("bayesian")),
@@ -289,7 +289,7 @@ ARMS: dict[str, Arm] = {
     "softened-2": Arm("settings", "both distributions at temperature 2, sampled at 1",
                       {"student_temperature": 2.0, "teacher_temperature": 2.0}),
     "batch-16": Arm("settings", "a quarter of the batch, four times the steps",
-                    {"batch_size": 16, "micro_batch": 16, "warmup": 200}, times=4),
+                    {"batch_size": 16, "micro_batch": 16}, times=4),
     **_masks(),
     "shifted": Arm("controls", "chunks beside their neighbour's teacher tokens",
                    names=((batch, "align", shifted),)),

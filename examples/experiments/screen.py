@@ -99,21 +99,36 @@ def settings_of(
     return {"task": task, "arm": name, "seed": seed, "steps": steps, "lr": lr, "on": on}
 
 
+def config_of(settings: dict[str, Any]) -> Config:
+    """All settings of a run; the warm-up is the task's share of its steps, however many these are."""
+    arm, base = ARMS[settings["arm"]], TASKS[settings["task"]].base
+    steps = max(1, settings["steps"])
+    warmup = round(base.warmup * steps / base.steps)
+    own = {**arm.changes, "seed": settings["seed"], "lr": settings["lr"]}
+    return replace(read_as(base, arm), **own, steps=steps, warmup=warmup)
+
+
+def told(config: Config) -> dict[str, Any]:
+    """What is not the library's default."""
+    return {key: x for key, x in vars(config).items() if x != getattr(Config, key)}
+
+
 # ------------------------------------------------------------------- one run
 def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str, Any]:
     """Trains a student as the arm says, and measures it beside the taught teacher."""
-    arm, steps, task = ARMS[settings["arm"]], settings["steps"], TASKS[settings["task"]]
+    arm, task = ARMS[settings["arm"]], TASKS[settings["task"]]
     base = replace(read_as(task.base, arm), seed=settings["seed"])
-    config = replace(base, **arm.changes, steps=max(1, steps), lr=settings["lr"])
+    config = config_of(settings)
     train, test = rows_of(models, settings["on"])
     student = load(models / arm.student)
     trained: dict[str, Any] = {}
-    if steps:
+    if settings["steps"]:
         with replaced(arm):
             teacher = load(models / arm.teacher, dtype=task.teacher)
             trained = _trained(student, teacher, train, test, config, every * arm.times)
     measures = measure(student, load(models / "teacher", dtype=task.teacher), test, base)
-    begun = {"weights": weights_of(models, arm), "config": arm.changes, "machine": machine()}
+    begun = {"weights": weights_of(models, arm), "library": library(), "config": told(config),
+             "machine": machine()}  # fmt: skip
     return {**settings, **measures, **trained, **begun}
 
 
@@ -214,6 +229,12 @@ def weights_of(models: Path, arm: Arm) -> str:
     return digest.hexdigest()[:8]
 
 
+def library() -> str:
+    """Eight digits that stand for the code of minigold."""
+    files = sorted(Path(minigold.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+
+
 def machine() -> dict[str, str]:
     """Where a run was made."""
     info, model = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
@@ -233,9 +254,9 @@ def steps_for(name: str, seed: int, folder: Path, *, like: str = "gold") -> int:
     """Steps that take the arm as long as `like` took there, by both runs' processor time a step.
 
     Raises:
-        ValueError: a run that is not in the folder, or was not trained.
+        ValueError: a run that is not in the folder, or was not trained; runs of two machines.
     """
-    per_step, whole = [], 0.0
+    per_step, whole, where = [], 0.0, []
     for one in (name, like):
         path = folder / f"{one}.seed{seed}.json"
         if not path.is_file():
@@ -245,6 +266,12 @@ def steps_for(name: str, seed: int, folder: Path, *, like: str = "gold") -> int:
             raise ValueError(f"--equal-time: expected an arm that is trained, got {one!r}")
         whole = result["cpu_seconds"]
         per_step.append(whole / result["steps"])
+        where.append(result["machine"])
+    if where[0] != where[1]:
+        raise ValueError(
+            f"--equal-time: expected {name!r} and {like!r} from one machine, got {where[0]} and "
+            f"{where[1]}; run both here"
+        )
     return max(1, round(whole / per_step[0]))
 
 

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from minigold.data import write_whole
-from minigold.evaluate import bootstrap
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arms import ARMS
+from task import held_out
 
 __all__ = ["Results", "main", "page", "plot", "table", "verdicts", "wilson"]
 
@@ -36,6 +36,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 FOLDERS = ("screen", "tune", "equal-time", "confirm-skill", "confirm-behaviour")
 SHARED = ("teacher", "untouched", "gold")  # of the screening, that other tables need
 NOT_RUN = "not run yet"
+DRAWS = 1000  # of the bootstrap
 GAP, GAIN, SHARE, SLACK, CONTROL = 0.6, 0.95, 0.35, 0.02, 0.2  # of the rules in the page
 MASK_RULE = (
     f"at most {SHARE:.0%} of the chunks keep {GAIN:.0%} of the gain of all, beat the random mask, "
@@ -124,12 +125,23 @@ class Results:
         value = self.share(arm) if share is None else share
         return (value - start) / (top - start) if top > start else None
 
-    def by_prompt(self, arm: str) -> np.ndarray:
-        """Share right of each prompt, over the seeds."""
-        return np.mean([[int(mark) for mark in run["right"]] for run in self.runs[arm]], axis=0)
+    def right_RP(self, arm: str) -> np.ndarray:
+        """0 or 1, of each run and prompt."""
+        return np.array([[int(mark) for mark in run["right"]] for run in self.runs[arm]])
+
+    def pairs(self, *arms: str) -> str:
+        """Letters of the pairs that the arms' runs are of: models made anew are others.
+
+        A pair is known by its teacher's bits per byte on held-out text.
+        """
+        bits = {arm: [round(run.get("bits_per_byte_teacher", 0.0), 4) for run in runs]
+                for arm, runs in self.runs.items()}  # fmt: skip
+        known = dict.fromkeys(x for found in bits.values() for x in found)
+        letters = dict(zip(known, "ABCDEFGH", strict=False))
+        return "".join(sorted({letters[x] for arm in arms for x in bits[arm]}))
 
     def above(self, arm: str, other: str) -> tuple[float, float, float]:
-        """Difference in exact match, and its interval by a bootstrap over prompts.
+        """Difference in exact match, and its interval by a bootstrap over prompts and runs.
 
         In reverse KL, where it is how much lower the arm is, the interval is the widest that both
         arms' own allow.
@@ -137,11 +149,14 @@ class Results:
         if not self.marked:
             (a, a_low, a_high), (b, b_low, b_high) = self.kl(arm), self.kl(other)
             return b - a, b_low - a_high, b_high - a_low
-        gain_P = self.by_prompt(arm) - self.by_prompt(other)
-        value, low, high = bootstrap(gain_P, np.ones(len(gain_P)), seed=0)
-        if value is None or low is None or high is None:
-            raise ValueError(f"expected at least two prompts, got {len(gain_P)}")
-        return value, low, high
+        rng, both = np.random.default_rng(0), (self.right_RP(arm), self.right_RP(other))
+        drawn = []
+        for _ in range(DRAWS):
+            prompt_P = rng.integers(both[0].shape[1], size=both[0].shape[1])
+            a, b = (x_RP[rng.integers(len(x_RP), size=len(x_RP))][:, prompt_P] for x_RP in both)
+            drawn.append(a.mean() - b.mean())
+        low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+        return float(both[0].mean() - both[1].mean()), low, high
 
 
 # ------------------------------------------------------------------- the rules
@@ -171,7 +186,7 @@ def _beats(rival: str) -> Callable[[Results], tuple[bool, str]]:
     return rule
 
 
-def _mask_keeps(r: Results) -> tuple[bool, str]:
+def _mask_keeps(r: Results) -> tuple[bool | None, str]:
     for mask in MASKS:
         share = r.mean(mask, "trained_fraction") if r.of(mask) else None
         if share is not None and share <= SHARE:
@@ -179,8 +194,10 @@ def _mask_keeps(r: Results) -> tuple[bool, str]:
     else:
         return False, f"no mask of {', '.join(MASKS)} trained at most {SHARE:.0%}"
     random = f"random-{'weighted' if mask == 'gold' else mask.replace('soft-or', 'divergence')}"
+    if not r.of(random):
+        return None, f"{mask}: {share:.0%} of the chunks; {random} is wanted"
     kept = (r.gap(mask) or 0.0) / max(r.gap("all") or 0.0, 1e-9)
-    _, low, _ = r.above(mask, random) if r.of(random) else (0.0, 0.0, 0.0)
+    _, low, _ = r.above(mask, random)
     cheaper = all(
         r.mean(mask, key) < r.mean("all", key) for key in ("cpu_seconds", "peak_memory_gib")
     )
@@ -223,7 +240,7 @@ def _same(r: Results) -> tuple[bool, str]:
     return low <= 0 <= high and abs(value) <= 0.05, f"differs by {_span(value, low, high)}"
 
 
-Rule = tuple[str, str, Sequence[str], Callable[[Results], tuple[bool, str]]]
+Rule = tuple[str, str, Sequence[str], Callable[[Results], tuple[bool | None, str]]]
 
 
 def rules() -> list[Rule]:
@@ -258,15 +275,17 @@ def verdicts(r: Results, keys: Sequence[str] = ()) -> list[tuple[str, str, str, 
             rows.append((key, told, NOT_RUN, ""))
             continue
         holds, words = decide(r)
-        n = min(r.seeds(arm) for arm in needs if ARMS[arm].trains)
-        mark = "holds" if holds else "**fails**"
-        rows.append((key, told, mark + ("" if n >= 3 else f" ({n} seed{'s' * (n > 1)})"), words))
+        trained = [arm for arm in needs if ARMS[arm].trains]
+        n, pairs = min(map(r.seeds, trained)), r.pairs(*trained)
+        notes = [f"{n} seed{'s' * (n > 1)}"] * (n < 3) + [f"pairs {pairs}"] * (len(pairs) > 1)
+        mark = {True: "holds", False: "**fails**", None: NOT_RUN}[holds]
+        rows.append((key, told, mark + (f" ({', '.join(notes)})" if notes else ""), words))
     return rows
 
 
 # ------------------------------------------------------------------- the page
 HEADS = ("arm", "seeds", "exact match (95 %)", "gap", "rKL/byte", "bits/byte", "stops", "tokens",
-         "repeats", "indented", "trained", "cpu s", "GiB")  # fmt: skip
+         "repeats", "indented", "trained", "cpu s", "GiB", "pair")  # fmt: skip
 
 
 def _number(value: float | None, form: str) -> str:
@@ -308,10 +327,26 @@ def table(r: Results, *, every: bool = True) -> str:
             f"{r.share(name, 'indented'):.3f}" if r.marked else "–",
             _number(r.mean(name, "trained_fraction"), ".2f"),
             _number(r.mean(name, "cpu_seconds"), ".0f"),
-            _number(r.mean(name, "peak_memory_gib"), ".2f"),
+            _number(r.mean(name, "peak_memory_gib"), ".2f"), r.pairs(name),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def lost_sums(run: Run) -> int:
+    """Sums of the tiny task of which no held-out prompt was answered right."""
+    marks: dict[str, str] = {}
+    for prompt, mark in zip(held_out(), run["right"], strict=True):
+        for one in str(prompt.prompt).strip().partition(": ")[2].split(", "):
+            marks[one] = marks.get(one, "") + mark
+    return sum("1" not in found for found in marks.values())
+
+
+def sums(r: Results) -> str:
+    """A line on the arms that have learned a part of the task."""
+    parts = [f"`{arm}` {', '.join(str(lost_sums(run)) for run in runs)}"
+             for arm, runs in r.runs.items() if 0 < r.share(arm) < 1]  # fmt: skip
+    return f"Of 25 sums, those with no right answer, seed by seed: {'; '.join(parts) or 'none'}."
 
 
 def _rules_table(rows: Sequence[tuple[str, str, str, str]]) -> str:
@@ -400,6 +435,8 @@ def part(name: str, r: Results) -> str:
     shown = () if every else ("a",) if name == "equal-time" else ("a", "b", "c", "d")
     picture = f"![{PLOTTED[r.marked]} by arm](results/{name}.svg)"
     parts = [machines(r), table(r, every=every), picture, _rules_table(verdicts(r, shown))]
+    if name in ("screen", "equal-time"):
+        parts.insert(2, sums(r))
     return "\n\n".join(parts)
 
 
@@ -418,8 +455,11 @@ def page(text: str, parts: Mapping[str, str]) -> str:
 
 
 # ------------------------------------------------------------------- files
-def collect(folder: Path, known: Sequence[Run] = ()) -> list[Run]:
-    """The runs of a folder, and those of `known` that it does not have, by arm, seed and rate.
+def collect(folder: Path, known: Sequence[Run] = (), *, by_rate: bool = False) -> list[Run]:
+    """The runs of a folder, and those of `known` that it does not have, by arm and seed.
+
+    Args:
+        by_rate: runs of several learning rates stand side by side.
 
     Raises:
         ValueError: a run of no arm.
@@ -432,7 +472,7 @@ def collect(folder: Path, known: Sequence[Run] = ()) -> list[Run]:
                 f"expected runs of the arms in arms.py in {folder} and docs/results, got one of "
                 f"{run.get('arm')!r}; take it out, or name it as the arm is named now"
             )
-        runs[order[run["arm"]], run["seed"], run["lr"]] = run
+        runs[order[run["arm"]], run["seed"], run["lr"] if by_rate else 0.0] = run
     return [runs[key] for key in sorted(runs)]
 
 
@@ -464,7 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in FOLDERS:
         if args.runs and (args.runs / name).is_dir():
             path = results / f"{name}.json"
-            runs = collect(args.runs / name, _runs(path))
+            runs = collect(args.runs / name, _runs(path), by_rate=name == "tune")
             lines = ",\n".join(json.dumps(run, ensure_ascii=False) for run in runs)
             write_whole(path, f"[\n{lines}\n]\n".encode())
         found = read(results, name)
