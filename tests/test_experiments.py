@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -460,6 +461,22 @@ def test_a_smaller_batch_has_as_many_more_steps_but_at_equal_time(
         screen.main([*line, "--equal-time", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 0
     )
     assert [*ran.values()][3:] == [50, 100, 17]
+
+
+def test_few_prompts_are_the_first(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(
+        screen, "distill", lambda *args, **_: read.append([p.prompt for p in args[2]])
+    )
+    rows = task.prompts()[:60], task.held_out()
+    monkeypatch.setattr(screen, "rows_of", lambda *_: rows)
+    monkeypatch.setattr(screen, "measure", lambda *_: {})
+    monkeypatch.setattr(screen, "replaced", nullcontext)
+    for name in ("gold", "few-gold", "few-fine-tuned", "few-off-policy"):
+        settings = screen.settings_of(name, 0, task="tiny", steps=1, lr=1e-3, on="held-out")
+        screen.run(settings, models)
+    whole, *parts = read
+    assert len(whole) == 60 and parts == [whole[: arms.FEW]] * 3
 
 
 def test_the_untouched_student_is_measured_as_it_is(models: Path, few: None) -> None:

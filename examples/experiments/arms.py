@@ -73,6 +73,7 @@ class Arm:
             and `[T + 1, W]`; it gives the answer's loss, summed over tokens if `per_token`.
         per_token: the step's loss is the mean over its tokens, not over its answers.
         trains: False measures the student as it is.
+        prompts: that are trained on, over and over; 0 is all.
         times: the task's steps; as many tokens are sampled if its batch is that much smaller.
         student, teacher: folders of `task.make`.
     """
@@ -84,6 +85,7 @@ class Arm:
     loss: Callable[[Pair], AnswerLoss] | None = None
     per_token: bool = False
     trains: bool = True
+    prompts: int = 0
     times: int = 1
     student: str = "student"
     teacher: str = "teacher"
@@ -227,6 +229,7 @@ TRL_SAMPLING = {"temperature": 0.9, "top_p": 0.95, "lmbda": 0.5}
 FRACTIONS = (0.1, 0.2, 0.35, 0.5)
 THRESHOLDS = (0.1, 0.5, 0.9)
 SAME = {"student": "same"}
+FEW = 50  # prompts, with 100 sums: each of the 25 about four times
 
 
 def _masks() -> dict[str, Arm]:
@@ -290,6 +293,10 @@ ARMS: dict[str, Arm] = {
                       {"student_temperature": 2.0, "teacher_temperature": 2.0}),
     "batch-16": Arm("settings", "a quarter of the batch, four times the steps",
                     {"batch_size": 16, "micro_batch": 16}, times=4),
+    "few-gold": Arm("few prompts", f"minigold as it is, on {FEW} prompts", prompts=FEW),
+    "few-fine-tuned": Arm("few prompts", f"cross-entropy on the teacher's answers to {FEW} prompts",
+                          {**ALL, "lmbda": 0.0}, loss=label_loss, per_token=True, prompts=FEW),
+    "few-off-policy": Arm("few prompts", "our loss on the same answers", {"lmbda": 0.0}, prompts=FEW),
     **_masks(),
     "shifted": Arm("controls", "chunks beside their neighbour's teacher tokens",
                    names=((batch, "align", shifted),)),

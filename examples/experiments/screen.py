@@ -120,6 +120,7 @@ def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str,
     base = replace(read_as(task.base, arm), seed=settings["seed"])
     config = config_of(settings)
     train, test = rows_of(models, settings["on"])
+    train = train[: arm.prompts or None]
     student = load(models / arm.student)
     trained: dict[str, Any] = {}
     if settings["steps"]:
