@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ class Results:
         bits = {arm: [round(run.get("bits_per_byte_teacher", 0.0), 4) for run in runs]
                 for arm, runs in self.runs.items()}  # fmt: skip
         known = dict.fromkeys(x for found in bits.values() for x in found)
-        letters = dict(zip(known, "ABCDEFGH", strict=False))
+        letters = dict(zip(known, ascii_uppercase, strict=False))
         return "".join(sorted({letters[x] for arm in arms for x in bits[arm]}))
 
     def above(self, arm: str, other: str) -> tuple[float, float, float]:
