@@ -404,6 +404,7 @@ def test_a_run_is_one_small_file_that_is_not_made_twice(
     others = {
         screen.weights_of(models, ARMS[arm]) for arm in ("gold", "all", "untaught", "same-gold")
     }
+    assert found["config"]["lr"] == 1e-3 and found["library"] == screen.library()
     assert found["weights"] in others and len(others) == 3 and len(found["weights"]) == 8
 
     def no_more(*_args: Any) -> str:
@@ -753,7 +754,8 @@ def test_a_mask_must_be_small_and_cheaper(change: dict[str, Any], holds: bool) -
     r = made({**ENDS, "gold": 0.8, "all": 0.8, "random-weighted": 0.8}, **more)
     assert verdict(r, "keep 95%") == "**fails**"
     if holds:
-        assert verdict(made({**ENDS, "gold": 0.8, "all": 0.8}, **more), "keep 95%") == "not run yet"
+        alone = made({**ENDS, "gold": 0.8, "all": 0.8}, seeds=1, **more)
+        assert verdict(alone, "keep 95%") == "not run yet"
 
 
 def test_seeds_are_drawn_as_prompts_are() -> None:
@@ -863,6 +865,15 @@ def test_the_page_is_made_between_markers(tmp_path: Path) -> None:
         ValueError, match=r"expected one <!-- tune --> … <!-- end --> in the page, got 0"
     ):
         table.page("nothing", {"tune": ""})
+
+
+def test_a_folder_without_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        table.main(["--runs", str(tmp_path), "--docs", str(tmp_path)])
+    assert "expected one of screen, tune, " in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_runs_of_another_sitting_stay(tmp_path: Path) -> None:

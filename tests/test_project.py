@@ -369,6 +369,19 @@ def test_other_packages_are_not_checked() -> None:
     assert watch.errors == []
 
 
+def test_the_first_calls_alone_are_looked_at() -> None:
+    outer, scope = sys.getprofile(), {"torch": torch, "__name__": "some_package"}
+    exec("def f(n):\n    a_NV = torch.zeros(n)\n    return n", scope)
+    with ShapeSuffixes("some_package") as watch:
+        watch._left = 50
+        scope["f"](3)
+        for _ in range(50):
+            len("")
+        assert sys.getprofile() == outer
+        scope["f"](4)
+    assert watch.errors == ["f: a_NV has shape (3,)"]
+
+
 def test_each_edit_of_the_mutants_finds_its_place() -> None:
     for mutant in MUTANTS:
         found = (ROOT / mutant.file).read_text("utf-8").count(mutant.old)

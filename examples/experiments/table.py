@@ -279,6 +279,8 @@ def verdicts(r: Results, keys: Sequence[str] = ()) -> list[tuple[str, str, str, 
         trained = [arm for arm in needs if ARMS[arm].trains]
         n, pairs = min(map(r.seeds, trained)), r.pairs(*trained)
         notes = [f"{n} seed{'s' * (n > 1)}"] * (n < 3) + [f"pairs {pairs}"] * (len(pairs) > 1)
+        if holds is None:
+            notes = []
         mark = {True: "holds", False: "**fails**", None: NOT_RUN}[holds]
         rows.append((key, told, mark + (f" ({', '.join(notes)})" if notes else ""), words))
     return rows
@@ -499,6 +501,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, help="folder with " + ", ".join(FOLDERS))
     parser.add_argument("--docs", type=Path, default=DOCS, help="has experiments.md")
     args = parser.parse_args(argv)
+    if args.runs and not any((args.runs / name).is_dir() for name in FOLDERS):
+        parser.error(f"expected one of {', '.join(FOLDERS)} in --runs, found none in {args.runs}")
     results = args.docs / "results"
     results.mkdir(exist_ok=True)
     parts = {}
