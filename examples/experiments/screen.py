@@ -62,19 +62,17 @@ class Task:
     Args:
         make: fills a folder with `student`, `teacher`, `train.jsonl` and `held_out.jsonl`.
         lr: of arms that do best with another rate than `base` has, see docs/experiments.md.
-        teacher: dtype of its weights.
     """
 
     make: Callable[[Path], None]
     base: Config
     lr: Mapping[str, float] = field(default_factory=dict)
-    teacher: torch.dtype = torch.float32
 
 
 TASKS = {
     "tiny": Task(make, BASE, LR),
-    "skill": Task(make_skill, SKILL, teacher=torch.bfloat16),
-    "behaviour": Task(make_behaviour, BEHAVIOUR, teacher=torch.bfloat16),
+    "skill": Task(make_skill, SKILL),
+    "behaviour": Task(make_behaviour, BEHAVIOUR),
 }
 
 
@@ -116,8 +114,8 @@ def told(config: Config) -> dict[str, Any]:
 # ------------------------------------------------------------------- one run
 def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str, Any]:
     """Trains a student as the arm says, and measures it beside the taught teacher."""
-    arm, task = ARMS[settings["arm"]], TASKS[settings["task"]]
-    base = replace(read_as(task.base, arm), seed=settings["seed"])
+    arm = ARMS[settings["arm"]]
+    base = replace(read_as(TASKS[settings["task"]].base, arm), seed=settings["seed"])
     config = config_of(settings)
     train, test = rows_of(models, settings["on"])
     train = train[: arm.prompts or None]
@@ -125,9 +123,9 @@ def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str,
     trained: dict[str, Any] = {}
     if settings["steps"]:
         with replaced(arm):
-            teacher = load(models / arm.teacher, dtype=task.teacher)
+            teacher = load(models / arm.teacher)
             trained = _trained(student, teacher, train, test, config, every * arm.times)
-    measures = measure(student, load(models / "teacher", dtype=task.teacher), test, base)
+    measures = measure(student, load(models / "teacher"), test, base)
     begun = {"weights": weights_of(models, arm), "library": library(), "config": told(config),
              "machine": machine()}  # fmt: skip
     return {**settings, **measures, **trained, **begun}
