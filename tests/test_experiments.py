@@ -469,15 +469,17 @@ def test_few_prompts_are_the_first(models: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         screen, "distill", lambda *args, **_: read.append([p.prompt for p in args[2]])
     )
-    rows = task.prompts()[:60], task.held_out()
+    rows = task.prompts()[:300], task.held_out()
     monkeypatch.setattr(screen, "rows_of", lambda *_: rows)
     monkeypatch.setattr(screen, "measure", lambda *_: {})
     monkeypatch.setattr(screen, "replaced", nullcontext)
-    for name in ("gold", "few-gold", "few-fine-tuned", "few-off-policy"):
+    few = [name for name, arm in arms.ARMS.items() if arm.prompts]
+    for name in ("gold", *few):
         settings = screen.settings_of(name, 0, task="tiny", steps=1, lr=1e-3, on="held-out")
         screen.run(settings, models)
     whole, *parts = read
-    assert len(whole) == 60 and parts == [whole[: arms.FEW]] * 3
+    assert len(whole) == 300
+    assert parts == [whole[: int(name.rpartition("-")[2])] for name in few] and len(parts) == 6
 
 
 def test_the_untouched_student_is_measured_as_it_is(models: Path, few: None) -> None:

@@ -229,7 +229,7 @@ TRL_SAMPLING = {"temperature": 0.9, "top_p": 0.95, "lmbda": 0.5}
 FRACTIONS = (0.1, 0.2, 0.35, 0.5)
 THRESHOLDS = (0.1, 0.5, 0.9)
 SAME = {"student": "same"}
-FEW = 50  # prompts, with 100 sums: each of the 25 about four times
+FEW = (50, 200)  # prompts, two sums in each, of 25
 
 
 def _masks() -> dict[str, Arm]:
@@ -254,6 +254,21 @@ def _masks() -> dict[str, Arm]:
             if mask["replay"] == Config.replay:
                 del mask["replay"]
             found[f"random-{name}"] = Arm("random", f"as many chunks as {name}, at random", mask)
+    return found
+
+
+def _few() -> dict[str, Arm]:
+    """The default where prompts are few, and what learns from the teacher's answers to them alone."""
+    found = {}
+    for n in FEW:
+        found[f"gold-{n}"] = Arm("few prompts", f"minigold as it is, on {n} prompts", prompts=n)
+        found[f"fine-tuned-{n}"] = Arm(
+            "few prompts", f"cross-entropy on the teacher's answers to {n} prompts",
+            {**ALL, "lmbda": 0.0}, loss=label_loss, per_token=True, prompts=n,
+        )  # fmt: skip
+        found[f"off-policy-{n}"] = Arm(
+            "few prompts", "our loss on the same answers", {"lmbda": 0.0}, prompts=n
+        )
     return found
 
 
@@ -293,10 +308,7 @@ ARMS: dict[str, Arm] = {
                       {"student_temperature": 2.0, "teacher_temperature": 2.0}),
     "batch-16": Arm("settings", "a quarter of the batch, four times the steps",
                     {"batch_size": 16, "micro_batch": 16}, times=4),
-    "few-gold": Arm("few prompts", f"minigold as it is, on {FEW} prompts", prompts=FEW),
-    "few-fine-tuned": Arm("few prompts", f"cross-entropy on the teacher's answers to {FEW} prompts",
-                          {**ALL, "lmbda": 0.0}, loss=label_loss, per_token=True, prompts=FEW),
-    "few-off-policy": Arm("few prompts", "our loss on the same answers", {"lmbda": 0.0}, prompts=FEW),
+    **_few(),
     **_masks(),
     "shifted": Arm("controls", "chunks beside their neighbour's teacher tokens",
                    names=((batch, "align", shifted),)),
