@@ -417,6 +417,12 @@ def test_a_run_is_one_small_file_that_is_not_made_twice(
         screen.main([*again, "--steps", "3"])
 
 
+def test_a_smaller_batch_is_looked_at_after_as_many_samples(models: Path, few: None) -> None:
+    settings = screen.settings_of("batch-16", 0, task="tiny", steps=4, lr=1e-3, on="held-out")
+    found = screen.run(settings, models, every=1)
+    assert [look["step"] for look in found["curve"]] == [4]
+
+
 def test_what_fails_is_told_and_what_is_done_stays(
     models: Path,
     tmp_path: Path,
