@@ -13,8 +13,8 @@ to learn that from it.
 
 A folder gets `student`, `teacher`, and what the teacher wrote, `train.jsonl` and `held_out.jsonl`, as
 `task.make` writes them, so that `screen.py --task` runs arms on it. `real_pair.py` says where the
-weights come from. One thread took 15 minutes for the skill, on a processor that multiplies in bfloat16,
-and 5 for the behaviour. It simplifies: both read the skill's prompt without a template, and all seeds
+weights come from. One thread took 15 minutes for the skill, on a processor that multiplies in bfloat16
+(40 on another), and 5 for the behaviour. It simplifies: both read the skill's prompt without a template, and all seeds
 start from one student.
 """
 
