@@ -636,7 +636,7 @@ def test_a_behaviour_is_measured_without_right_answers(
     assert gold["task"] == "behaviour" and gold["steps"] == 2 and gold["lr"] == 5e-5
     assert gold["right"] == gold["indented"] == "" and len(gold["stopped"]) == 6
     assert gold["curve"][-1]["exact_match"] is None
-    assert 1e-6 < abs(teacher["reverse_kl_per_byte"]) < 1e-3, "bfloat16 weights beside float32"
+    assert abs(teacher["reverse_kl_per_byte"]) < 1e-6, "the same weights on both sides"
     assert gold["reverse_kl_per_byte"] > 0.1
 
 
