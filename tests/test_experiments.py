@@ -792,6 +792,8 @@ def test_pairs_are_told_apart() -> None:
     assert r.pairs("gold", "uld") == "AB"
     assert verdict(r, "more than `bpm`") == "holds"
     assert verdict(r, "more than `uld`") == "holds (pairs AB)"
+    r = made({**ENDS, "gold": 0.8}, teacher=bits["uld"], untouched=bits["gold"], gold=bits["gold"])
+    assert verdict(r, "as well indented").endswith("(pairs AB)"), "the teacher is of another pair"
 
 
 def test_sums_that_are_lost_are_counted() -> None:
@@ -882,6 +884,15 @@ def test_a_folder_without_runs_is_refused(
         table.main(["--runs", str(tmp_path), "--docs", str(tmp_path)])
     assert "expected one of screen, tune, " in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gold.seed0.json"
+    path.write_text('{"arm": "go')
+    with pytest.raises(
+        ValueError, match=r"gold.seed0.json: expected .*delete it, and run that arm"
+    ):
+        table.collect(tmp_path)
 
 
 def test_runs_of_another_sitting_stay(tmp_path: Path) -> None:

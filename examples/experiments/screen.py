@@ -46,7 +46,7 @@ from minigold.train import Step, distill
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arms import ARMS, BASE, LR, Arm, replaced
 from real_tasks import BEHAVIOUR, SKILL, make_behaviour, make_skill
-from task import make, read_texts, well_indented
+from task import make, read_run, read_texts, well_indented
 
 __all__ = ["TASKS", "Task", "main", "measure", "read_as", "run", "settings_of", "steps_for"]
 
@@ -260,7 +260,7 @@ def steps_for(name: str, seed: int, folder: Path, *, like: str = "gold") -> int:
         path = folder / f"{one}.seed{seed}.json"
         if not path.is_file():
             raise ValueError(f"--equal-time: expected the run {path}, found none; run it first")
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_run(path)
         if not result["steps"]:
             raise ValueError(f"--equal-time: expected an arm that is trained, got {one!r}")
         whole = result["cpu_seconds"]
@@ -282,7 +282,7 @@ def is_done(path: Path, settings: dict[str, Any]) -> bool:
     """
     if not path.is_file():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_run(path)
     other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
     if other:
         wanted = {key: settings[key] for key in other}
@@ -301,7 +301,7 @@ def one_process(settings: dict[str, Any], path: Path, models: Path) -> str:
     )
     if done.returncode:
         return f"{path.stem:32} failed:\n{done.stderr[-2000:]}"
-    right = json.loads(path.read_text(encoding="utf-8"))["right"]
+    right = read_run(path)["right"]
     share = f"{_share(right):.3f} exact match" if right else "done"
     return f"{path.stem:32} {share}  ({time.perf_counter() - begun:.0f} s)"
 

@@ -29,7 +29,7 @@ from minigold.data import write_whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arms import ARMS
-from task import held_out
+from task import held_out, read_run
 
 __all__ = ["Results", "main", "page", "plot", "table", "verdicts", "wilson"]
 
@@ -276,8 +276,8 @@ def verdicts(r: Results, keys: Sequence[str] = ()) -> list[tuple[str, str, str, 
             rows.append((key, told, NOT_RUN, ""))
             continue
         holds, words = decide(r)
-        trained = [arm for arm in needs if ARMS[arm].trains]
-        n, pairs = min(map(r.seeds, trained)), r.pairs(*trained)
+        n = min(r.seeds(arm) for arm in needs if ARMS[arm].trains)
+        pairs = r.pairs(*needs)
         notes = [f"{n} seed{'s' * (n > 1)}"] * (n < 3) + [f"pairs {pairs}"] * (len(pairs) > 1)
         if holds is None:
             notes = []
@@ -465,9 +465,9 @@ def collect(folder: Path, known: Sequence[Run] = (), *, by_rate: bool = False) -
         by_rate: runs of several learning rates stand side by side.
 
     Raises:
-        ValueError: a run of no arm.
+        ValueError: a run of no arm; a file that is not whole.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
+    found = [read_run(path) for path in folder.rglob("*.json")]
     order, runs = {arm: place for place, arm in enumerate(ARMS)}, {}
     for run in [*known, *found]:
         if run.get("arm") not in order:

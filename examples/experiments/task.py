@@ -37,7 +37,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from minigold.chat import prompt_ids
-from minigold.data import Prompt, read_prompts, write_whole
+from minigold.data import Prompt, read_object, read_prompts, write_whole
 from minigold.demo_task import glim, number_word
 from minigold.evaluate import exact_matches
 from minigold.generate import said
@@ -55,6 +55,7 @@ __all__ = [
     "is_made",
     "make",
     "prompts",
+    "read_run",
     "read_texts",
     "save",
     "well_indented",
@@ -335,6 +336,11 @@ def write_texts(
         ]  # fmt: skip
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_whole(path, text.encode())
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What `screen.py` wrote of one arm and seed."""
+    return read_object(path, remedy="delete it, and run that arm and seed again")
 
 
 def read_texts(folder: Path, name: str) -> list[Prompt]:
