@@ -5,7 +5,9 @@ import dataclasses
 import doctest
 import json
 import math
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache
@@ -638,6 +640,70 @@ def test_a_behaviour_is_measured_without_right_answers(
     assert gold["curve"][-1]["exact_match"] is None
     assert abs(teacher["reverse_kl_per_byte"]) < 1e-6, "the same weights on both sides"
     assert gold["reverse_kl_per_byte"] > 0.1
+
+
+def test_a_run_that_is_stopped_and_killed_is_the_run_that_is_not(
+    stand_ins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In four sittings: stopped after step 2, killed after step 3, and again while it was measured."""
+    models, whole = tmp_path / "models", screen.Done.add
+    screen.TASKS["behaviour"].make(models)
+    settings = screen.settings_of("gold", 0, task="behaviour", steps=4, lr=1e-3, on="held-out")
+    path = tmp_path / "gold.seed0.json"
+    line = ["--one", json.dumps(settings), "--models", str(models), "--out", str(tmp_path)]
+    straight = screen.run(settings, models)
+    done: list[int] = []
+
+    def add(self: screen.Done, row: dict[str, Any]) -> None:
+        whole(self, row)
+        done.append(row["step"])
+        if done == [1, 2]:
+            signal.raise_signal(signal.SIGTERM)
+        if done == [1, 2, 3]:
+            raise MemoryError
+
+    monkeypatch.setattr(screen.Done, "add", add)
+    with pytest.raises(SystemExit, match=str(screen.STOPPED[1])):
+        screen.main(line)
+    with pytest.raises(MemoryError):
+        screen.main(line)
+    assert len(json.loads((tmp_path / "gold.seed0" / "done.json").read_text())) == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(screen, "measure", None)
+        with pytest.raises(TypeError):
+            screen.main(line)
+    assert table.collect(tmp_path) == [], "a folder that goes on is no result"
+    assert screen.main(line) == 0
+    assert done == [1, 2, 3, 3, 4]
+    assert not path.with_suffix("").exists()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    times = {"cpu_seconds", "seconds", "peak_memory_gib", "curve"}
+    assert {**straight, **dict.fromkeys(times)} == {**found, **dict.fromkeys(times)}
+    (one,), (other,) = straight["curve"], found["curve"]
+    assert {**one, "cpu_seconds": 0} == {**other, "cpu_seconds": 0}
+    assert found["cpu_seconds"] == pytest.approx(other["cpu_seconds"], abs=0.01)
+
+
+def test_ctrl_c_starts_no_other_run(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran = []
+
+    def stopped(settings: dict[str, Any], _path: Path, _models: Path) -> str:
+        ran.append(settings["arm"])
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.5)  # it may have begun before the first one was asked for
+        return "done"
+
+    monkeypatch.setattr(screen, "one_process", stopped)
+    line = ["--arms", "gold,uld,bpm,byte", "--models", str(models), "--out", str(tmp_path)]
+    assert screen.main(line) == screen.STOPPED[0]
+    assert "the same line goes on" in capsys.readouterr().err
+    assert len(ran) <= 2
 
 
 def test_the_protocol_of_the_skill_is_enforced(

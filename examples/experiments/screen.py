@@ -8,9 +8,10 @@
     python examples/experiments/screen.py --task skill --arms gold,all --out runs/confirm-skill
 
 What is run, and what is decided by it: docs/experiments.md. A folder holds runs of one setting; a
-run whose file is there is not run again, so that the same line goes on after a stop. Every run is
-a process of its own with one thread: its processor time is comparable whatever runs beside it, and
-its memory is its own. `table.py` makes tables and plots of the files.
+run whose file is there is not run again, so that the same line goes on after a stop. One on a real
+pair keeps checkpoints until it has its file, and goes on within itself. Every run is a process of its
+own with one thread: its processor time is comparable whatever runs beside it, and its memory is its
+own. `table.py` makes tables and plots of the files.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import json
 import logging
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +44,7 @@ from minigold.evaluate import evaluate, exact_matches
 from minigold.load import LanguageModel, load
 from minigold.pair import make_pair
 from minigold.rollout import EVAL, sample_answers, seeds_of
+from minigold.stop import asked_to_stop
 from minigold.train import Step, distill
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -53,6 +57,7 @@ __all__ = ["TASKS", "Task", "main", "measure", "read_as", "run", "settings_of", 
 N_VALIDATION = 200  # of the training prompts: not trained on, to choose learning rates by
 EVERY = 50  # steps between looks at the held-out prompts; not in the time of a run
 ON = ("held-out", "validation")
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit status, as a shell tells it
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,17 @@ class Task:
     Args:
         make: fills a folder with `student`, `teacher`, `train.jsonl` and `held_out.jsonl`.
         lr: of arms that do best with another rate than `base` has, see docs/experiments.md.
+        resumes: a run takes long, and goes on from its last checkpoint.
     """
 
     make: Callable[[Path], None]
     base: Config
     lr: Mapping[str, float] = field(default_factory=dict)
+    resumes: bool = True
 
 
 TASKS = {
-    "tiny": Task(make, BASE, LR),
+    "tiny": Task(make, BASE, LR, resumes=False),
     "skill": Task(make_skill, SKILL),
     "behaviour": Task(make_behaviour, BEHAVIOUR),
 }
@@ -112,8 +119,17 @@ def told(config: Config) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------- one run
-def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str, Any]:
-    """Trains a student as the arm says, and measures it beside the taught teacher."""
+def run(
+    settings: dict[str, Any], models: Path, every: int = EVERY, going: Path | None = None
+) -> dict[str, Any]:
+    """Trains a student as the arm says, and measures it beside the taught teacher.
+
+    Args:
+        going: folder of the training while it goes, to go on in; None keeps nothing.
+
+    Raises:
+        SystemExit: it was asked to stop, and did after its step.
+    """
     arm = ARMS[settings["arm"]]
     base = replace(read_as(TASKS[settings["task"]].base, arm), seed=settings["seed"])
     config = config_of(settings)
@@ -124,7 +140,7 @@ def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str,
     if settings["steps"]:
         with replaced(arm):
             teacher = load(models / arm.teacher)
-            trained = _trained(student, teacher, train, test, config, every * arm.times)
+            trained = _trained(student, teacher, train, test, config, every * arm.times, going)
     measures = measure(student, load(models / "teacher"), test, base)
     begun = {"weights": weights_of(models, arm), "library": library(), "config": told(config),
              "machine": machine()}  # fmt: skip
@@ -133,41 +149,68 @@ def run(settings: dict[str, Any], models: Path, every: int = EVERY) -> dict[str,
 
 def _trained(
     student: LanguageModel, teacher: LanguageModel, train: Sequence[Prompt],
-    test: Sequence[Prompt], config: Config, every: int,
+    test: Sequence[Prompt], config: Config, every: int, going: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs the loop; figures of its steps, and exact match on the way by steps, seconds, tokens."""
-    curve: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    spent, mark = 0.0, time.process_time()
+    done = Done(going / "done.json" if going else None)
+    mark = time.process_time()
 
     def on_step(step: Step) -> None:
-        nonlocal spent, mark
-        rows.append(step.metrics)
-        if len(rows) % every == 0 or step.metrics["step"] == config.steps:
-            spent += time.process_time() - mark
-            right = _right(student, test, config)
-            tokens = sum(row["completion_tokens"] for row in rows)
-            curve.append({"step": step.metrics["step"], "cpu_seconds": round(spent, 2),
-                          "tokens": tokens, "exact_match": _share(right)})  # fmt: skip
-            mark = time.process_time()
+        nonlocal mark
+        spent, number = time.process_time() - mark, step.metrics["step"]
+        look = number % every == 0 or number == config.steps
+        right = _share(_right(student, test, config)) if look else None
+        done.add({**step.metrics, "cpu_seconds": spent, "look": look, "exact_match": right})
+        mark = time.process_time()
 
-    failed = ""
-    try:
-        distill(student, teacher, train, config, on_step=on_step)
-    except FloatingPointError as error:  # the weights are those before, and are measured
-        failed = str(error)
-        spent += time.process_time() - mark
+    failed, spent = "", 0.0
+    with asked_to_stop() as stop:
+        try:
+            history = distill(
+                student, teacher, train, config,
+                out=going, resume=going is not None, on_step=on_step, stop=stop,
+            )  # fmt: skip
+        except FloatingPointError as error:  # the weights are those before, and are measured
+            failed, spent = str(error), time.process_time() - mark
+        else:
+            if len(history) < config.steps:
+                raise SystemExit(128 + stop.signal)
+    student.decoder.eval()
+    return {**figures(done.rows, every), "failed": failed,
+            "cpu_seconds": spent + sum(row["cpu_seconds"] for row in done.rows)}  # fmt: skip
+
+
+class Done:
+    """What is known of each step that did not fail; with a path, of those of earlier sittings too."""
+
+    def __init__(self, path: Path | None) -> None:
+        there = path is not None and path.is_file()
+        self.path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_bytes()) if there else []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A sitting that was killed may have done steps after its last checkpoint: they go."""
+        self.rows = [*(old for old in self.rows if old["step"] < row["step"]), row]
+        if self.path:
+            write_whole(self.path, json.dumps(self.rows).encode())
+
+
+def figures(rows: Sequence[dict[str, Any]], every: int) -> dict[str, Any]:
+    """Of all steps together, and the curve of the looks on the way."""
 
     def mean(key: str) -> float | None:
         known = [row[key] for row in rows if row[key] is not None]
         return sum(known) / len(known) if known else None
 
-    student.decoder.eval()
+    curve, spent, tokens = [], 0.0, 0
+    for row in rows:
+        spent, tokens = spent + row["cpu_seconds"], tokens + row["completion_tokens"]
+        if row["look"]:
+            curve.append({"step": row["step"], "cpu_seconds": round(spent, 2), "tokens": tokens,
+                          "exact_match": row["exact_match"]})  # fmt: skip
     return {
-        "failed": failed,
-        "cpu_seconds": spent,
         "seconds": sum(row["seconds"] for row in rows),
-        "tokens": sum(row["completion_tokens"] for row in rows),
+        "tokens": tokens,
         "trained_fraction": mean("trained_fraction"),
         "work_saved": mean("work_saved"),
         "one_to_one": mean("one_to_one_fraction"),
@@ -299,6 +342,8 @@ def one_process(settings: dict[str, Any], path: Path, models: Path) -> str:
     done = subprocess.run(
         command, env=os.environ | threads, capture_output=True, text=True, check=False
     )
+    if done.returncode in STOPPED:
+        return f"{path.stem:32} stopped; the same line goes on"
     if done.returncode:
         return f"{path.stem:32} failed:\n{done.stderr[-2000:]}"
     right = read_run(path)["right"]
@@ -356,9 +401,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     if args.one:
         logging.basicConfig(level=logging.WARNING)
-        result = run(args.one, models)
-        text = json.dumps(result, ensure_ascii=False, indent=1)
-        write_whole(_path(args.out, args.one), text.encode())
+        path = _path(args.out, args.one)
+        going = path.with_suffix("") if TASKS[args.one["task"]].resumes else None
+        text = json.dumps(run(args.one, models, going=going), ensure_ascii=False, indent=1)
+        write_whole(path, text.encode())
+        if going and going.is_dir():
+            shutil.rmtree(going)
         return 0
     names = args.arms.split(",")
     steps = task.base.steps if args.steps is None else args.steps
@@ -378,8 +426,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 wanted.append(settings)
     with ThreadPoolExecutor(args.jobs) as pool:
         work = [pool.submit(one_process, one, _path(args.out, one), models) for one in wanted]
-        for one in work:
-            print(one.result(), flush=True)
+        try:
+            for one in work:
+                print(one.result(), flush=True)
+        except KeyboardInterrupt:  # the runs have it too, and stop after their step
+            pool.shutdown(cancel_futures=True)
+            print("stopped; the same line goes on", file=sys.stderr)
+            return STOPPED[0]
     missing = [one for one in wanted if not _path(args.out, one).is_file()]
     return 1 if missing else 0
 

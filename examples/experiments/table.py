@@ -467,7 +467,7 @@ def collect(folder: Path, known: Sequence[Run] = (), *, by_rate: bool = False) -
     Raises:
         ValueError: a run of no arm; a file that is not whole.
     """
-    found = [read_run(path) for path in folder.rglob("*.json")]
+    found = [read_run(path) for path in folder.rglob("*.seed*.json")]
     order, runs = {arm: place for place, arm in enumerate(ARMS)}, {}
     for run in [*known, *found]:
         if run.get("arm") not in order:
