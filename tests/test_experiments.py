@@ -635,7 +635,7 @@ def test_a_behaviour_is_measured_without_right_answers(
     monkeypatch.setattr(screen, "one_process", here)
     assert screen.main([*line, "--models", str(models)]) == 0
     gold, teacher = ran
-    assert gold["task"] == "behaviour" and gold["steps"] == 2 and gold["lr"] == 5e-5
+    assert gold["task"] == "behaviour" and gold["steps"] == 2 and gold["lr"] == 1e-4
     assert gold["right"] == gold["indented"] == "" and len(gold["stopped"]) == 6
     assert gold["curve"][-1]["exact_match"] is None
     assert abs(teacher["reverse_kl_per_byte"]) < 1e-6, "the same weights on both sides"
