@@ -474,9 +474,12 @@ def test_a_smaller_batch_has_as_many_more_steps_but_at_equal_time(
 
 def test_few_prompts_are_the_first(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    monkeypatch.setattr(
-        screen, "distill", lambda *args, **_: read.append([p.prompt for p in args[2]])
-    )
+
+    def one_step(*args: Any, **_options: Any) -> list[dict[str, Any]]:
+        read.append([p.prompt for p in args[2]])
+        return [{}]
+
+    monkeypatch.setattr(screen, "distill", one_step)
     rows = task.prompts()[:300], task.held_out()
     monkeypatch.setattr(screen, "rows_of", lambda *_: rows)
     monkeypatch.setattr(screen, "measure", lambda *_: {})
