@@ -46,7 +46,7 @@ __all__ = ["BEHAVIOUR", "SKILL", "make_behaviour", "make_skill", "requests", "sk
 
 SKILL = Config(steps=120, batch_size=16, micro_batch=16, max_new_tokens=48, lr=2e-4, warmup=20,
                student_plain=True, teacher_plain=True)  # fmt: skip
-BEHAVIOUR = Config(steps=60, batch_size=16, micro_batch=16, max_new_tokens=64, lr=1e-4, warmup=12,
+BEHAVIOUR = Config(steps=60, batch_size=16, micro_batch=16, max_new_tokens=64, lr=1e-4, warmup=10,
                    student_plain=True)  # fmt: skip
 N_TEXTS, N_HELD_OUT = 1000, 100
 TAUGHT, UNTAUGHT = 0.8, 0.1  # exact match that the teacher must reach, and the student may not have
