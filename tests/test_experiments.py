@@ -670,7 +670,14 @@ def test_a_run_that_is_stopped_and_killed_is_the_run_that_is_not(
         screen.main(line)
     with pytest.raises(MemoryError):
         screen.main(line)
-    assert len(json.loads((tmp_path / "gold.seed0" / "done.json").read_text())) == 3
+    going = path.with_suffix("") / "done.json"
+    kept = going.read_text(encoding="utf-8")
+    assert len(json.loads(kept)["rows"]) == 3
+    for spoiled in (None, kept[:-9], kept.replace(screen.library(), "01234567")):
+        going.unlink() if spoiled is None else going.write_text(spoiled, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"done\.json: expected .*, or delete|got .*; delete"):
+            screen.main(line)
+    going.write_text(kept, encoding="utf-8")
     with monkeypatch.context() as patched:
         patched.setattr(screen, "measure", None)
         with pytest.raises(TypeError):
@@ -678,7 +685,7 @@ def test_a_run_that_is_stopped_and_killed_is_the_run_that_is_not(
     assert table.collect(tmp_path) == [], "a folder that goes on is no result"
     assert screen.main(line) == 0
     assert done == [1, 2, 3, 3, 4]
-    assert not path.with_suffix("").exists()
+    assert not going.parent.exists()
     found = json.loads(path.read_text(encoding="utf-8"))
     times = {"cpu_seconds", "seconds", "peak_memory_gib", "curve"}
     assert {**straight, **dict.fromkeys(times)} == {**found, **dict.fromkeys(times)}

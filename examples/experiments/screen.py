@@ -39,7 +39,7 @@ import torch
 
 import minigold
 from minigold.config import Config
-from minigold.data import Prompt, write_whole
+from minigold.data import Prompt, read_object, write_whole
 from minigold.evaluate import evaluate, exact_matches
 from minigold.load import LanguageModel, load
 from minigold.pair import make_pair
@@ -129,6 +129,7 @@ def run(
 
     Raises:
         SystemExit: it was asked to stop, and did after its step.
+        ValueError: see `Done`.
     """
     arm = ARMS[settings["arm"]]
     base = replace(read_as(TASKS[settings["task"]].base, arm), seed=settings["seed"])
@@ -136,23 +137,23 @@ def run(
     train, test = rows_of(models, settings["on"])
     train = train[: arm.prompts or None]
     student = load(models / arm.student)
-    trained: dict[str, Any] = {}
-    if settings["steps"]:
-        with replaced(arm):
-            teacher = load(models / arm.teacher)
-            trained = _trained(student, teacher, train, test, config, every * arm.times, going)
-    measures = measure(student, load(models / "teacher"), test, base)
     begun = {"weights": weights_of(models, arm), "library": library(), "config": told(config),
              "machine": machine()}  # fmt: skip
+    trained: dict[str, Any] = {}
+    if settings["steps"]:
+        done = Done(going, begun)
+        with replaced(arm):
+            teacher = load(models / arm.teacher)
+            trained = _trained(student, teacher, train, test, config, every * arm.times, done)
+    measures = measure(student, load(models / "teacher"), test, base)
     return {**settings, **measures, **trained, **begun}
 
 
 def _trained(
     student: LanguageModel, teacher: LanguageModel, train: Sequence[Prompt],
-    test: Sequence[Prompt], config: Config, every: int, going: Path | None,
+    test: Sequence[Prompt], config: Config, every: int, done: Done,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs the loop; figures of its steps, and exact match on the way by steps, seconds, tokens."""
-    done = Done(going / "done.json" if going else None)
     mark = time.process_time()
 
     def on_step(step: Step) -> None:
@@ -168,7 +169,7 @@ def _trained(
         try:
             history = distill(
                 student, teacher, train, config,
-                out=going, resume=going is not None, on_step=on_step, stop=stop,
+                out=done.folder, resume=done.folder is not None, on_step=on_step, stop=stop,
             )  # fmt: skip
         except FloatingPointError as error:  # the weights are those before, and are measured
             failed, spent = str(error), time.process_time() - mark
@@ -176,23 +177,40 @@ def _trained(
             if len(history) < config.steps:
                 raise SystemExit(128 + stop.signal)
     student.decoder.eval()
-    return {**figures(done.rows, every), "failed": failed,
-            "cpu_seconds": spent + sum(row["cpu_seconds"] for row in done.rows)}  # fmt: skip
+    found = figures(done.rows, every)
+    return {**found, "failed": failed, "cpu_seconds": found["cpu_seconds"] + spent}
 
 
 class Done:
-    """What is known of each step that did not fail; with a path, of those of earlier sittings too."""
+    """What is known of each step that did not fail; with a folder, of those of earlier sittings too.
 
-    def __init__(self, path: Path | None) -> None:
-        there = path is not None and path.is_file()
-        self.path = path
-        self.rows: list[dict[str, Any]] = json.loads(path.read_bytes()) if there else []
+    Args:
+        folder: of the training, where there is a file of it beside the checkpoints.
+        begun: models, code, settings and machine: those of all sittings of one run.
+
+    Raises:
+        ValueError: an earlier sitting had others, or its file is not there or not whole.
+    """
+
+    def __init__(self, folder: Path | None, begun: dict[str, Any]) -> None:
+        self.folder, self.begun, self.rows = folder, begun, list[dict[str, Any]]()
+        if not folder or not [*folder.glob("checkpoints/step-*"), *folder.glob("final")]:
+            return  # there is nothing to go on from
+        path, remedy = folder / "done.json", f"delete {folder} to begin that run anew"
+        known = read_object(path, remedy=remedy) if path.is_file() else {}
+        if known.get("begun") != begun:
+            raise ValueError(
+                f"{path}: expected a run that was begun with {begun}, got {known.get('begun')}; go on "
+                f"with these, or {remedy}"
+            )
+        self.rows = known["rows"]
 
     def add(self, row: dict[str, Any]) -> None:
         """A sitting that was killed may have done steps after its last checkpoint: they go."""
         self.rows = [*(old for old in self.rows if old["step"] < row["step"]), row]
-        if self.path:
-            write_whole(self.path, json.dumps(self.rows).encode())
+        if self.folder:
+            text = json.dumps({"begun": self.begun, "rows": self.rows})
+            write_whole(self.folder / "done.json", text.encode())
 
 
 def figures(rows: Sequence[dict[str, Any]], every: int) -> dict[str, Any]:
@@ -209,6 +227,7 @@ def figures(rows: Sequence[dict[str, Any]], every: int) -> dict[str, Any]:
             curve.append({"step": row["step"], "cpu_seconds": round(spent, 2), "tokens": tokens,
                           "exact_match": row["exact_match"]})  # fmt: skip
     return {
+        "cpu_seconds": spent,
         "seconds": sum(row["seconds"] for row in rows),
         "tokens": tokens,
         "trained_fraction": mean("trained_fraction"),
