@@ -303,7 +303,8 @@ def machine() -> dict[str, str]:
         lines = info.read_text(encoding="utf-8").splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     return {
-        "cpu": model, "threads": str(torch.get_num_threads()), "system": platform.system(),
+        "cpu": model, "vectors": torch.backends.cpu.get_cpu_capability(),  # a name may be of many
+        "threads": str(torch.get_num_threads()), "system": platform.system(),
         "python": platform.python_version(), "torch": torch.__version__.split("+")[0],
         "numpy": np.__version__, "tokenizers": tokenizers.__version__,
         "minigold": minigold.__version__,
