@@ -842,6 +842,25 @@ def test_a_mask_must_be_small_and_cheaper(change: dict[str, Any], holds: bool) -
         assert verdict(alone, "keep 95%") == "not run yet"
 
 
+def test_times_of_two_machines_are_not_averaged() -> None:
+    """Those of the machine of most runs count; an arm that was not run on it has none."""
+    more = {"all": {"cpu_seconds": 12.0, "peak_memory_gib": 0.6}}
+    r = made({**ENDS, "gold": 0.8, "all": 0.8, "random-weighted": 0.6}, **more)
+    r.runs["gold"][2].update(machine={"cpu": "a"}, cpu_seconds=100.0)
+    assert [json.loads(one)["cpu"] for one in r.machines()] == ["x", "a"]
+    assert (r.seconds("gold"), r.seconds("all"), r.mean("gold", "cpu_seconds")) == (
+        10.0,
+        12.0,
+        40.0,
+    )
+    assert verdict(r, "keep 95%") == "holds"
+    assert "Made with: cpu x; cpu a." in table.machines(r)
+    for run in r.runs["all"]:
+        run["machine"] = {"cpu": "a"}
+    assert r.seconds("all") is None
+    assert verdict(r, "keep 95%") == "not run yet"
+
+
 def test_seeds_are_drawn_as_prompts_are() -> None:
     """Prompts are sure of the difference; three seeds that differ are not."""
     rows = {"gold": (190, 200, 199), "random-weighted": (199, 163, 178), "shifted": (40, 41, 42)}

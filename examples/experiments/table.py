@@ -17,6 +17,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,16 @@ class Results:
     def mean(self, arm: str, key: str) -> float | None:
         known = [run[key] for run in self.runs[arm] if run.get(key) is not None]
         return sum(known) / len(known) if known else None
+
+    def machines(self) -> list[str]:
+        """Where the runs were made, as JSON; the machine of most of them first."""
+        told = [json.dumps(run["machine"], sort_keys=True) for x in self.runs.values() for run in x]
+        return [one for one, _ in Counter(sorted(told)).most_common()]
+
+    def seconds(self, arm: str) -> float | None:
+        """Mean processor time of the runs on the first machine: of two it would be of neither."""
+        here = [run for run in self.runs[arm] if run["machine"] == json.loads(self.machines()[0])]
+        return Results({arm: here}).mean(arm, "cpu_seconds")
 
     @property
     def marked(self) -> bool:
@@ -199,9 +210,11 @@ def _mask_keeps(r: Results) -> tuple[bool | None, str]:
         return None, f"{mask}: {share:.0%} of the chunks; {random} is wanted"
     kept = (r.gap(mask) or 0.0) / max(r.gap("all") or 0.0, 1e-9)
     _, low, _ = r.above(mask, random)
-    cheaper = all(
-        r.mean(mask, key) < r.mean("all", key) for key in ("cpu_seconds", "peak_memory_gib")
-    )
+    time, whole_time = r.seconds(mask), r.seconds("all")
+    if time is None or whole_time is None:
+        return None, f"{mask} and all on one machine are wanted"
+    memory, whole_memory = (r.mean(arm, "peak_memory_gib") for arm in (mask, "all"))
+    cheaper = time < whole_time and memory < whole_memory
     words = (
         f"{mask}: {share:.0%} of the chunks keep {kept:.0%} of the gain; "
         f"{'above' if low > 0 else 'not above'} {random}; "
@@ -329,7 +342,7 @@ def table(r: Results, *, every: bool = True) -> str:
             _number(r.mean(name, "repetition"), ".3f"),
             f"{r.share(name, 'indented'):.3f}" if r.marked else "–",
             _number(r.mean(name, "trained_fraction"), ".2f"),
-            _number(r.mean(name, "cpu_seconds"), ".0f"),
+            _number(r.seconds(name), ".0f"),
             _number(r.mean(name, "peak_memory_gib"), ".2f"), r.pairs(name),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -371,12 +384,8 @@ def tuning(r: Results) -> str:
 
 def machines(r: Results) -> str:
     """Where the runs were made, and how long they were."""
-    found = {json.dumps(run["machine"], sort_keys=True) for runs in r.runs.values() for run in runs}
     steps = {run["steps"] for runs in r.runs.values() for run in runs if run["steps"]}
-    told = [
-        ", ".join(f"{key} {value}" for key, value in json.loads(one).items())
-        for one in sorted(found)
-    ]
+    told = [", ".join(f"{key} {x}" for key, x in json.loads(one).items()) for one in r.machines()]
     n = sum(map(len, r.runs.values()))
     few = ", ".join(map(str, sorted(steps))) if len(steps) < 4 else f"{min(steps)} to {max(steps)}"
     return f"{n} runs of {few} steps. Made with: {'; '.join(told)}."
