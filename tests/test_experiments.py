@@ -943,6 +943,10 @@ def test_the_table_says_what_was_not_run() -> None:
     assert "not run yet" in lines["| uld"] and len(lines) >= len(ARMS)
     assert {line.count("|") for line in text.splitlines()} == {len(table.HEADS) + 1}
     assert table.part("screen", table.Results({})) == "not run yet."
+    ends = table.Results({name: [{**run, "steps": 0} for run in runs]
+                          for name, runs in made(ENDS).runs.items()})  # fmt: skip
+    assert table.part("confirm-skill", ends).startswith("6 runs. Made with")
+    assert table.part("confirm-skill", ends).endswith("\n\nRules: not run yet.")
 
 
 def test_learning_rates_stand_side_by_side() -> None:

@@ -368,6 +368,8 @@ def sums(r: Results) -> str:
 
 
 def _rules_table(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    if not rows:
+        return f"Rules: {NOT_RUN}."
     lines = ["| | rule | verdict | figures |", "|---|---|---|---|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -390,7 +392,7 @@ def machines(r: Results) -> str:
     told = [", ".join(f"{key} {x}" for key, x in json.loads(one).items()) for one in r.machines()]
     n = sum(map(len, r.runs.values()))
     few = ", ".join(map(str, sorted(steps))) if len(steps) < 4 else f"{min(steps)} to {max(steps)}"
-    return f"{n} runs of {few} steps. Made with: {'; '.join(told)}."
+    return f"{n} runs{few and f' of {few} steps'}. Made with: {'; '.join(told)}."
 
 
 PLOTTED = {True: "exact match", False: "gap recovered"}
