@@ -22,7 +22,7 @@ from torch import Tensor
 __all__ = ["ShapeSuffixes"]
 
 SUFFIX = re.compile(r"[a-z0-9]_([A-Z][A-Z0-9]*)$")
-EVENTS = 25_000
+EVENTS = 100_000
 LEAVING = {"RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "RETURN_GENERATOR"}
 
 

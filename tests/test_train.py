@@ -37,6 +37,7 @@ from minigold.rollout import collect, sample_answers
 from minigold.teacher import score
 from minigold.train import adamw, batches_of, distill, learning_rate, take_step
 from reference_losses import gkd
+from shape_suffix import ShapeSuffixes
 from tiny_models import FAMILIES, new_decoder, tiny_model
 from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe, unigram
 
@@ -431,6 +432,15 @@ def test_the_saved_work_changes_no_gradient(share: float) -> None:
     want = dense_gradient(pair, rollouts, chosen, 0.5) / max(n_chosen, 0.05 * n_chunks)
     got = gradient_of(pair, rollouts, chosen, CONFIG)
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-4)
+
+
+def test_the_names_of_tensors_are_watched_to_the_end_of_a_training_pass() -> None:
+    """`ShapeSuffixes` stops looking after so many calls: sampling and training must fit in."""
+    pair = cross_pair()
+    with ShapeSuffixes("minigold") as watch:
+        rollouts = rollouts_of(pair)
+        train_pass(pair, rollouts, all_chosen(rollouts), CONFIG)
+    assert train_pass.__code__ in watch._names and watch.errors == []
 
 
 def test_accumulated_equals_one_big_step() -> None:
