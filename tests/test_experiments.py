@@ -236,7 +236,10 @@ def rival(name: str, pair: Pair, rollout: Any) -> tuple[torch.Tensor, int]:
     )
     if name == "uld":
         return baselines.uld(one), 1
-    if name == "bpm":
+    if name == "uld-paper":  # an answer's tokens weigh as one
+        logp = student_NV.log_softmax(-1)[range(len(answer.ids)), answer.ids]
+        return 1.5 * baselines.uld(one, extended=False) - logp.mean(), 1
+    if name.startswith("bpm"):
         found = [vocabulary(m.tokenizer, end_ids=m.eos_ids) for m in (pair.student, pair.teacher)]
         texts = [
             [b if role == "text" else b"" for b, role in zip(v.token_bytes, v.roles, strict=True)]
@@ -245,13 +248,29 @@ def rival(name: str, pair: Pair, rollout: Any) -> tuple[torch.Tensor, int]:
         stops = {"student_stop": pair.student.end_id, "teacher_stops": pair.teacher.eos_ids}
         made = baselines.prefixes(*texts, **stops)
         size = len(answer.ids)
-        return baselines.bpm(one, table=made, stopped=answer.finished) * size, size
-    merge = "bayesian" if name == "trl-bayesian" else "observed"
-    vocabs = (m.tokenizer.get_vocab() for m in (pair.student, pair.teacher))
-    return baselines.trl_gold(one, matched=baselines.matched_by_string(*vocabs), merge=merge), 1
+        spaces = name == "bpm-spaces"
+        return baselines.bpm(one, table=made, stopped=answer.finished, spaces=spaces) * size, size
+    merge = "bayesian" if name in ("trl-bayesian", "trl-beta-0") else "observed"
+    matched = baselines.matched_by_string(
+        *(m.tokenizer.get_vocab() for m in (pair.student, pair.teacher))
+    )
+    beta = 0.0 if name == "trl-beta-0" else 0.5
+    return baselines.trl_gold(one, matched=matched, merge=merge, beta=beta), 1
 
 
-@pytest.mark.parametrize("name", ["uld", "trl-gold", "trl-gold-on", "trl-bayesian", "bpm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "uld",
+        "uld-paper",
+        "trl-gold",
+        "trl-gold-on",
+        "trl-bayesian",
+        "trl-beta-0",
+        "bpm",
+        "bpm-spaces",
+    ],
+)
 def test_rivals_are_the_baselines(name: str, models: Path) -> None:
     pair, rollouts, config = read(name, models)
     pair.student.decoder.requires_grad_(True)
@@ -274,7 +293,7 @@ def test_trl_ships_with_teacher_text_and_a_cut_distribution(models: Path) -> Non
     assert (arms.TRL_SAMPLING["temperature"], arms.TRL_SAMPLING["top_p"]) == (0.9, 0.95)
 
 
-@pytest.mark.parametrize("name", ["fine-tuned", "off-policy"])
+@pytest.mark.parametrize("name", ["fine-tuned", "off-policy", "uld-paper"])
 def test_off_policy_arms_read_what_the_teacher_wrote(name: str, models: Path) -> None:
     (step, _), _ = steps_of(name, models)
     written = {p.prompt: p.completion for p in task.read_texts(models, "train")}
@@ -406,7 +425,7 @@ def test_a_run_is_one_small_file_that_is_not_made_twice(
     others = {
         screen.weights_of(models, ARMS[arm]) for arm in ("gold", "all", "untaught", "same-gold")
     }
-    assert found["config"]["lr"] == 1e-3 and found["library"] == screen.library()
+    assert found["config"]["lr"] == 1e-3 and found["library"] == screen.code()["library"]
     assert found["weights"] in others and len(others) == 3 and len(found["weights"]) == 8
 
     def no_more(*_args: Any) -> str:
@@ -673,7 +692,9 @@ def test_a_run_that_is_stopped_and_killed_is_the_run_that_is_not(
     going = path.with_suffix("") / "done.json"
     kept = going.read_text(encoding="utf-8")
     assert len(json.loads(kept)["rows"]) == 3
-    for spoiled in (None, kept[:-9], kept.replace(screen.library(), "01234567")):
+    others = [kept.replace(digits, "01234567") for digits in screen.code().values()]
+    assert len({*others, kept}) == 3
+    for spoiled in (None, kept[:-9], *others):
         going.unlink() if spoiled is None else going.write_text(spoiled, encoding="utf-8")
         with pytest.raises(ValueError, match=r"done\.json: expected .*, or delete|got .*; delete"):
             screen.main(line)
@@ -775,7 +796,8 @@ def made(shares: dict[str, float], n: int = 200, seeds: int = 3, **more: Any) ->
         k = round(share * n)
         row = {"right": "1" * k + "0" * (n - k), "stopped": "1" * n, "indented": "1" * n,
                "arm": arm, "steps": 250, "lr": 2e-3, "machine": {"cpu": "x"}, "cpu_seconds": 10.0,
-               "peak_memory_gib": 0.5, "trained_fraction": 0.3, **more.get(arm, {})}  # fmt: skip
+               "peak_memory_gib": 0.5, "trained_fraction": 0.3, "mean_bytes": 60.0,
+               **more.get(arm, {})}  # fmt: skip
         runs[arm] = [{**row, "seed": seed} for seed in range(seeds)]
     return table.Results(runs)
 
@@ -906,6 +928,9 @@ def test_stops_and_indentation_are_the_teachers() -> None:
     r = made({**ENDS, "gold": 0.8}, **fewer)
     assert verdict(r, "stops as often") == "**fails**"
     assert verdict(r, "well indented") == "holds"
+    for length, holds in ((48.0, True), (47.0, False)):  # of 60
+        r = made({**ENDS, "gold": 0.8}, gold={"mean_bytes": length})
+        assert (verdict(r, "stops as often") == "holds") == holds
 
 
 def without_answers(kl: dict[str, float], **more: Any) -> Any:
@@ -934,6 +959,36 @@ def test_without_answers_the_gap_is_that_of_reverse_kl() -> None:
     assert "gap recovered 0.800 (0.780 to 0.820)" in text and "indented" not in text[-900:]
     picture = table.plot(r)
     assert "gap recovered by arm" in picture and picture.count("<circle") == len(shares)
+
+
+def test_samples_that_cannot_be_compared_are_not_the_best() -> None:
+    nothing = {f"reverse_kl_per_byte{end}": None for end in ("", "_low", "_high")}
+    shares = {"teacher": 0.0, "untouched": 1.0, "gold": 0.2, "fine-tuned": 0.3}
+    r = without_answers(shares, gold=nothing)
+    assert r.gap("gold") == -math.inf and verdict(r, "at least 60%") == "**fails**"
+    assert verdict(r, "more than `fine-tuned`") == "**fails**"
+    assert "| gold | 3 | – | -inf | inf |" in table.part("confirm-behaviour", r)
+    assert table.plot(r).count("<circle") == len(shares)
+    r = without_answers(shares)
+    r.runs["gold"][2].update(nothing)  # one seed of three is not left out of the mean
+    assert r.kl("gold") == (math.inf,) * 3
+    r = without_answers(shares, **{"fine-tuned": nothing})
+    assert verdict(r, "more than `fine-tuned`") == "holds"
+
+
+def test_the_interval_of_reverse_kl_is_over_seeds_too() -> None:
+    shares = {"teacher": 0.0, "untouched": 1.0, "gold": 0.2, "fine-tuned": 0.25}
+    r = without_answers(shares)
+    assert r.kl("gold") == pytest.approx((0.2, 0.18, 0.22))
+    for run, value in zip(r.runs["gold"], (0.05, 0.1, 0.45), strict=True):
+        ends = {f"reverse_kl_per_byte{end}": value + by
+                for end, by in (("", 0.0), ("_low", -0.02), ("_high", 0.02))}  # fmt: skip
+        run.update(ends)
+    value, low, high = r.kl("gold")
+    assert value == pytest.approx(0.2)
+    assert low == pytest.approx(0.2 - math.hypot(0.02, 1.96 * np.std([0.05, 0.1, 0.45]) / 3**0.5))
+    assert value - low == pytest.approx(high - value)
+    assert verdict(r, "more than `fine-tuned`") == "**fails**"
 
 
 def test_the_table_says_what_was_not_run() -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,6 @@ from minigold.align import Chunks
 from minigold.batch import Array, Rollout
 from minigold.config import Config
 from minigold.events import Events, Vocabulary, match
-from minigold.loss import divergence
 from minigold.masked import Pass, kept_of
 from minigold.offsets import vocabulary
 from minigold.pair import Pair
@@ -52,8 +52,8 @@ BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
     student_plain=True,
 )
 LR = dict.fromkeys(  # of arms that do best with another, or no better, see docs/experiments.md
-    ("fine-tuned", "off-policy", "uld", "trl-gold", "trl-gold-on", "trl-bayesian", "bpm", "strict",
-     "strict-paper", "byte"), 2e-3,
+    ("fine-tuned", "off-policy", "uld", "uld-paper", "trl-gold", "trl-gold-on", "trl-bayesian",
+     "trl-beta-0", "bpm", "bpm-spaces", "strict", "strict-paper", "byte"), 2e-3,
 )  # fmt: skip
 UNLIKELY = 0.1  # probability under which the control `suppress` pushes a sampled token down
 
@@ -143,17 +143,32 @@ def uld_loss(_pair: Pair) -> AnswerLoss:
     return lambda *read: uld(without_end(*read))
 
 
-def trl_loss(merge: str) -> Callable[[Pair], AnswerLoss]:
-    def of(pair: Pair) -> AnswerLoss:
-        matched = matched_by_string(
-            pair.student.tokenizer.get_vocab(), pair.teacher.tokenizer.get_vocab()
-        )
-        return lambda *read: trl_gold(without_end(*read), matched=matched, merge=merge)
+def published_uld_loss(pair: Pair) -> AnswerLoss:
+    """Cross-entropy and 1.5 times ULD, token i beside token i, both as means over an answer.
+
+    Source: 2402.12030; Nicolas-BZRD/llm-recipes, its defaults. Differs: the distance leaves the end
+    of turn out, and a step's cross-entropy is the mean of answers, not of tokens.
+    """
+    labels = label_loss(pair)
+
+    def of(*read: Any) -> Tensor:
+        distance = uld(without_end(*read), extended=False)
+        return labels(*read) / len(read[0].answer.ids) + 1.5 * distance
 
     return of
 
 
-def bpm_loss(pair: Pair) -> AnswerLoss:
+def trl_loss(merge: str, beta: float = 0.5) -> Callable[[Pair], AnswerLoss]:
+    def of(pair: Pair) -> AnswerLoss:
+        matched = matched_by_string(
+            pair.student.tokenizer.get_vocab(), pair.teacher.tokenizer.get_vocab()
+        )
+        return lambda *read: trl_gold(without_end(*read), matched=matched, merge=merge, beta=beta)
+
+    return of
+
+
+def bpm_loss(pair: Pair, *, spaces: bool = False) -> AnswerLoss:
     student, teacher = pair.student, pair.teacher
 
     def spelled(side: Any) -> list[bytes]:
@@ -168,19 +183,19 @@ def bpm_loss(pair: Pair) -> AnswerLoss:
 
     def of(rollout: Rollout, student_NV: Tensor, teacher_MW: Tensor) -> Tensor:
         answer = without_end(rollout, student_NV, teacher_MW)
-        mean = bpm(answer, table=table, stopped=rollout.answer.finished)
+        mean = bpm(answer, table=table, stopped=rollout.answer.finished, spaces=spaces)
         return mean * len(rollout.answer.ids)
 
     return of
 
 
 def gkd_loss(_pair: Pair) -> AnswerLoss:
-    """Of a pair with one tokenizer, by GKD's own formula, token by token."""
+    """Of a pair with one tokenizer: KL(teacher || student) token by token, GKD with beta 0."""
 
     def of(rollout: Rollout, student_NV: Tensor, teacher_MW: Tensor) -> Tensor:
         n = len(rollout.answer.ids)
-        student, teacher = student_NV[:n].softmax(-1), teacher_MW[:n].softmax(-1)
-        return divergence(student, teacher, beta=BASE.beta).sum()
+        student, teacher = student_NV[:n].log_softmax(-1), teacher_MW[:n].log_softmax(-1)
+        return F.kl_div(student, teacher, reduction="sum", log_target=True)
 
     return of
 
@@ -279,16 +294,24 @@ ARMS: dict[str, Arm] = {
     "fine-tuned": Arm("rivals", "cross-entropy on what the teacher wrote", {**ALL, "lmbda": 0.0},
                       loss=label_loss, per_token=True),
     "off-policy": Arm("rivals", "lambda 0: our loss on what the teacher wrote", {"lmbda": 0.0}),
-    "uld": Arm("rivals", "ULD on chunks", ALL, loss=uld_loss),
+    "uld": Arm("rivals", "TRL's ULD: the distance alone, on chunks, on our samples", ALL,
+               loss=uld_loss),
+    "uld-paper": Arm("rivals", "ULD as published: beside cross-entropy, on what the teacher wrote",
+                     {**ALL, "lmbda": 0.0}, loss=published_uld_loss),
     "trl-gold": Arm("rivals", "TRL's GOLD: hybrid loss, observed; sampling as it ships: temperature "
                     "0.9, top-p 0.95, lambda 0.5", {**ALL, **TRL_SAMPLING}, loss=trl_loss("observed")),
     "trl-gold-on": Arm("rivals", "the same loss on our samples", ALL, loss=trl_loss("observed")),
     "trl-bayesian": Arm("rivals", "TRL's GOLD, bayesian, on our samples", ALL,
                         loss=trl_loss("bayesian")),
-    "bpm": Arm("rivals", "BPM", ALL, loss=bpm_loss, per_token=True),
+    "trl-beta-0": Arm("rivals", "the same with beta 0, which is our default", ALL,
+                      loss=trl_loss("bayesian", beta=0.0)),
+    "bpm": Arm("rivals", "BPM; as its authors run it, tokens of spaces alone are left out", ALL,
+               loss=bpm_loss, per_token=True),
+    "bpm-spaces": Arm("rivals", "BPM with these tokens", ALL, loss=partial(bpm_loss, spaces=True),
+                      per_token=True),
     "strict": Arm("rivals", "events strict, the rest as gold", {"events": "strict"}),
-    "strict-paper": Arm("rivals", "strict as in 2610.08448: every one-to-one token, reverse KL",
-                        {"events": "strict", "beta": 1.0, **ALL}),
+    "strict-paper": Arm("rivals", "strict as in 2610.08448: every one-to-one token, reverse KL, "
+                        "top-p 0.95", {"events": "strict", "beta": 1.0, "top_p": 0.95, **ALL}),
     "byte": Arm("rivals", "events byte, the rest as gold", {"events": "byte"}),
     "no-observed": Arm("parts", "chunk starts alone: without the observed chunk, and nothing inside",
                        names=((batch, "_is_one_event", every_chunk),)),

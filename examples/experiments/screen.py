@@ -137,7 +137,7 @@ def run(
     train, test = rows_of(models, settings["on"])
     train = train[: arm.prompts or None]
     student = load(models / arm.student)
-    begun = {"weights": weights_of(models, arm), "library": library(), "config": told(config),
+    begun = {"weights": weights_of(models, arm), **code(), "config": told(config),
              "machine": machine()}  # fmt: skip
     trained: dict[str, Any] = {}
     if settings["steps"]:
@@ -290,10 +290,17 @@ def weights_of(models: Path, arm: Arm) -> str:
     return digest.hexdigest()[:8]
 
 
-def library() -> str:
-    """Eight digits that stand for the code of minigold."""
-    files = sorted(Path(minigold.__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+def code() -> dict[str, str]:
+    """Eight digits each that stand for the code of minigold, and for that of the arms."""
+    arms = [sys.modules[name].__file__ for name in ("arms", "baselines", "demo_controls")]
+    files = {
+        "library": sorted(Path(minigold.__file__).parent.glob("*.py")),
+        "arms": map(Path, arms),
+    }
+    return {
+        name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
+        for name, paths in files.items()
+    }
 
 
 def machine() -> dict[str, str]:

@@ -40,12 +40,13 @@ SHARED = ("teacher", "untouched", "gold")  # of the screening, that other tables
 NOT_RUN = "not run yet"
 DRAWS = 1000  # of the bootstrap
 GAP, GAIN, SHARE, SLACK, CONTROL = 0.6, 0.95, 0.35, 0.02, 0.2  # of the rules in the page
+LENGTH = 0.8  # of the teacher's, that answers have at least: an empty one stops as well
 MASK_RULE = (
     f"at most {SHARE:.0%} of the chunks keep {GAIN:.0%} of the gain of all, beat the random mask, "
     "cost less"
 )
-RIVALS = ("fine-tuned", "off-policy", "uld", "trl-gold", "trl-gold-on", "trl-bayesian", "bpm",
-          "strict", "strict-paper", "byte")  # fmt: skip
+RIVALS = ("fine-tuned", "off-policy", "uld", "uld-paper", "trl-gold", "trl-gold-on", "trl-bayesian",
+          "trl-beta-0", "bpm", "bpm-spaces", "strict", "strict-paper", "byte")  # fmt: skip
 FAR = ("uld", "trl-gold")  # whose intervals must not overlap ours
 MASKS = ("gold", "reject-0.5", "reject-0.1", "soft-or-0.35", "divergence-0.35")  # in this order
 CONTROLS = ("shifted", "shuffled", "untaught", "suppress")
@@ -113,10 +114,21 @@ class Results:
         return any(run["right"] for runs in self.runs.values() for run in runs)
 
     def kl(self, arm: str) -> tuple[float, float, float]:
-        """Reverse KL per byte and its interval, means over the seeds."""
-        names = ("", "_low", "_high")
-        value, low, high = (self.mean(arm, f"reverse_kl_per_byte{end}") or 0.0 for end in names)
-        return value, low, high
+        """Reverse KL per byte, mean over the seeds, and its interval over prompts and seeds.
+
+        Without end where a run has none: its samples are empty, or none can be scored.
+        """
+        ends = [[run.get(f"reverse_kl_per_byte{end}") for run in self.runs[arm]]
+                for end in ("", "_low", "_high")]  # fmt: skip
+        if None in [x for found in ends for x in found]:
+            return math.inf, math.inf, math.inf
+        value, low, high = (float(np.mean(found)) for found in ends)
+        seeds = 1.96 * float(np.std(ends[0])) / math.sqrt(len(ends[0]))
+        return (
+            value,
+            value - math.hypot(value - low, seeds),
+            value + math.hypot(high - value, seeds),
+        )
 
     def seeds(self, arm: str) -> int:
         return len({run["seed"] for run in self.runs[arm]})
@@ -225,12 +237,16 @@ def _mask_keeps(r: Results) -> tuple[bool | None, str]:
     return kept >= GAIN and low > 0 and cheaper, words
 
 
-def _as_teacher(key: str) -> Callable[[Results], tuple[bool, str]]:
-    def rule(r: Results) -> tuple[bool, str]:
-        own, theirs = r.share("gold", key), r.share("teacher", key)
-        return own >= theirs - SLACK, f"{own:.3f}, teacher {theirs:.3f}"
+def _indents(r: Results) -> tuple[bool, str]:
+    own, theirs = r.share("gold", "indented"), r.share("teacher", "indented")
+    return own >= theirs - SLACK, f"{own:.3f}, teacher {theirs:.3f}"
 
-    return rule
+
+def _stops(r: Results) -> tuple[bool, str]:
+    own, theirs = r.share("gold", "stopped"), r.share("teacher", "stopped")
+    length, whole = (r.mean(arm, "mean_bytes") or 0.0 for arm in ("gold", "teacher"))
+    words = f"{own:.3f}, teacher {theirs:.3f}; {length:.0f} bytes an answer, teacher {whole:.0f}"
+    return own >= theirs - SLACK and length >= LENGTH * whole, words
 
 
 def _fails(control: str) -> Callable[[Results], tuple[bool, str]]:
@@ -266,9 +282,10 @@ def rules() -> list[Rule]:
         ("a", f"the default recovers at least {GAP:.0%} of the gap", ends, _recovers),
         *(("a", f"more than `{x}`" + (", without overlap" if x in FAR else ""), (*ends, x),
            _beats(x)) for x in RIVALS),
-        ("b", MASK_RULE, (*ends, "all"), _mask_keeps),
-        ("c", "the student stops as often as the teacher", ends, _as_teacher("stopped")),
-        ("d", "code is as well indented as the teacher's", ends, _as_teacher("indented")),
+        ("b", MASK_RULE, (*ends, "all", "random-weighted"), _mask_keeps),
+        ("c", f"the student stops as often as the teacher, in answers of {LENGTH:.0%} of its length or more",
+         ends, _stops),
+        ("d", "code is as well indented as the teacher's", ends, _indents),
         *(("control", f"`{x}` fails", (*ends, x), _fails(x)) for x in CONTROLS),
         *(("mask", f"beats `{x}`", (x, "gold" if x == "random-weighted" else x[7:]),
            _above_random(x)) for x in ARMS if x.startswith("random-")),
@@ -338,7 +355,7 @@ def table(r: Results, *, every: bool = True) -> str:
         cells = [
             name + (" †" if failed else ""), str(r.seeds(name)),
             _exact(r, name), _number(r.gap(name), ".2f"),
-            _number(r.mean(name, "reverse_kl_per_byte"), "z.4f"),
+            _number(r.kl(name)[0], "z.4f"),
             _number(r.mean(name, "bits_per_byte_student"), ".3f"),
             f"{r.share(name, 'stopped'):.3f}", _number(r.mean(name, "mean_tokens"), ".1f"),
             _number(r.mean(name, "repetition"), ".3f"),
