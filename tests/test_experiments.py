@@ -860,6 +860,9 @@ def test_a_mask_must_be_small_and_cheaper(change: dict[str, Any], holds: bool) -
     r = made({**ENDS, "gold": 0.8, "all": 0.8, "random-weighted": 0.8}, **more)
     assert verdict(r, "keep 95%") == "**fails**"
     if holds:
+        r = made({**ENDS, "gold": 0.8, "all": 0.8, "random-weighted": 0.6}, **more)
+        del r.runs["random-weighted"][1:]
+        assert verdict(r, "keep 95%") == "holds (1 seed)"
         alone = made({**ENDS, "gold": 0.8, "all": 0.8}, seeds=1, **more)
         assert verdict(alone, "keep 95%") == "not run yet"
 

@@ -52,8 +52,8 @@ BASE = Config(  # of every arm; the screening's `--lr` and `--steps` come on top
     student_plain=True,
 )
 LR = dict.fromkeys(  # of arms that do best with another, or no better, see docs/experiments.md
-    ("fine-tuned", "off-policy", "uld", "uld-paper", "trl-gold", "trl-gold-on", "trl-bayesian",
-     "trl-beta-0", "bpm", "bpm-spaces", "strict", "strict-paper", "byte"), 2e-3,
+    ("fine-tuned", "off-policy", "uld", "trl-gold", "trl-gold-on", "trl-bayesian", "trl-beta-0",
+     "bpm", "bpm-spaces", "strict", "strict-paper", "byte"), 2e-3,
 )  # fmt: skip
 UNLIKELY = 0.1  # probability under which the control `suppress` pushes a sampled token down
 
