@@ -962,6 +962,8 @@ def test_without_answers_the_gap_is_that_of_reverse_kl() -> None:
     assert "gap recovered 0.800 (0.780 to 0.820)" in text and "indented" not in text[-900:]
     picture = table.plot(r)
     assert "gap recovered by arm" in picture and picture.count("<circle") == len(shares)
+    worse = table.plot(without_answers({**shares, "fine-tuned": 1.5}))
+    assert ">fine-tuned (-0.50)<" in worse and "(-" not in picture
 
 
 def test_samples_that_cannot_be_compared_are_not_the_best() -> None:

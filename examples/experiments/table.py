@@ -424,9 +424,12 @@ def _drawn(r: Results, name: str) -> tuple[float, float, float]:
 
 
 def plot(r: Results) -> str:
-    """SVG: exact match of each arm with its interval; gap recovered where there are no answers."""
+    """SVG: exact match of each arm with its interval; gap recovered where there are no answers.
+
+    A gap below 0 stands at 0, with its figure.
+    """
     names = [name for name in ARMS if r.of(name)]
-    left, width, row = 120, 420, 16
+    left, width, row = 150, 420, 16
     height = row * len(names) + 34
 
     def x(share: float) -> float:
@@ -444,8 +447,10 @@ def plot(r: Results) -> str:
             18 + row * i,
             "#b3402a" if ARMS[name].group in ("controls", "random") else "#0b5fa5",
         )
+        gap = r.gap(name)
+        below = f" ({gap:.2f})" if gap is not None and gap < 0 else ""
         parts.append(
-            f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{name}</text>'
+            f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{name}{below}</text>'
             f'<path stroke="{colour}" d="M{x(low):.1f} {y}H{x(high):.1f}"/>'
             f'<circle fill="{colour}" cx="{x(middle):.1f}" cy="{y}" r="3.5"/>'
         )
