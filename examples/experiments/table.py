@@ -116,7 +116,7 @@ class Results:
     def kl(self, arm: str) -> tuple[float, float, float]:
         """Reverse KL per byte, mean over the seeds, and its interval over prompts and seeds.
 
-        Without end where a run has none: its samples are empty, or none can be scored.
+        Infinite where a run has none: its samples are empty, or none can be scored.
         """
         ends = [[run.get(f"reverse_kl_per_byte{end}") for run in self.runs[arm]]
                 for end in ("", "_low", "_high")]  # fmt: skip
