@@ -291,6 +291,9 @@ def test_trl_ships_with_teacher_text_and_a_cut_distribution(models: Path) -> Non
     shares = [step.metrics["off_policy_fraction"] for step in steps]
     assert 0 < np.mean(shares) < 1
     assert (arms.TRL_SAMPLING["temperature"], arms.TRL_SAMPLING["top_p"]) == (0.9, 0.95)
+    settings = screen.settings_of("strict-paper", 0, task="tiny", steps=1, lr=2e-3, on="held-out")
+    paper = screen.config_of(settings)  # 2610.08448
+    assert (paper.temperature, paper.top_p, paper.beta, paper.where) == (1.0, 0.95, 1.0, "all")
 
 
 @pytest.mark.parametrize("name", ["fine-tuned", "off-policy", "uld-paper"])
@@ -662,6 +665,17 @@ def test_a_behaviour_is_measured_without_right_answers(
     assert gold["curve"][-1]["exact_match"] is None
     assert abs(teacher["reverse_kl_per_byte"]) < 1e-6, "the same weights on both sides"
     assert gold["reverse_kl_per_byte"] > 0.1
+
+
+@pytest.mark.parametrize("module", ["arms", "baselines", "demo_controls"])
+def test_a_run_tells_which_code_of_the_arms_it_had(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, other = screen.code(), tmp_path / "other.py"
+    other.write_text("", encoding="utf-8")
+    monkeypatch.setattr(sys.modules[module], "__file__", str(other))
+    after = screen.code()
+    assert before["library"] == after["library"] and before["arms"] != after["arms"]
 
 
 def test_a_run_that_is_stopped_and_killed_is_the_run_that_is_not(
