@@ -51,6 +51,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TASKS = dict(screen.TASKS)  # as they are, without what a fixture puts there
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -624,6 +627,32 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
                 base=short,
             ),
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("tiny", {"gold": 4e-3, "uld-paper": 4e-3, "uld": 2e-3, "shifted": 4e-3}),
+        ("behaviour", {"gold": 1e-4, "beta-0.1": 1e-4, "fine-tuned": 1e-5}),
+    ],
+)
+def test_a_run_has_its_arms_rate_of_this_task(
+    name: str, rates: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, float] = {}
+
+    def noted(settings: dict[str, Any], *_others: Any) -> str:
+        found[settings["arm"]] = settings["lr"]
+        return "not run"
+
+    monkeypatch.setattr(screen, "one_process", noted)
+    task_here = dataclasses.replace(TASKS[name], make=lambda _folder: None)
+    monkeypatch.setitem(screen.TASKS, name, task_here)
+    line = ["--task", name, "--arms", ",".join(rates), "--out", str(tmp_path)]
+    assert screen.main(line) == 1, "no run wrote its file"
+    assert found == rates
+    screen.main([*line, "--lr", "7e-4"])
+    assert found == dict.fromkeys(rates, 7e-4), "what the command says wins"
 
 
 def test_requests_are_not_held_out_and_trained_on() -> None:
