@@ -159,7 +159,8 @@ def answer_of(
 
     With identical tokenizers the teacher reads the student's own ids, as GKD does, and every token
     is a chunk. A stop id that is not the student's own `end_id` is `SPECIAL`; the last chunk of an
-    answer that was cut off is `CUT`, since the teacher expected the word to go on.
+    answer that was cut off is `CUT` (of one tokenizer it is whole), since the teacher expected the
+    word to go on.
     """
     said = ids[:-1] if finished else ids
     text = text_of_ids(student_tokenizer, said)
@@ -168,17 +169,15 @@ def answer_of(
     places = [(a, b) for a, b, _ in spans.tolist()]
     noncanonical = sum(place not in own for place in places)
     if identical:
-        teacher_ids, chunks = list(ids), _one_per_token(spans, finished=finished)
+        teacher_ids, chunks = list(said), _one_per_token(spans)
     else:
         teacher_ids, teacher_spans = encode_continuation(teacher_tokenizer, text)
         chunks = align(spans, teacher_spans)
-        if finished:
-            flaw = EXACT if ids[-1] == end_id else SPECIAL
-            chunks = _with_end(
-                chunks, len(spans), len(teacher_ids), len(text.encode("utf-8")), flaw
-            )
-        elif len(chunks.flaw) and chunks.flaw[-1] == EXACT:
-            chunks = chunks._replace(flaw=np.append(chunks.flaw[:-1], CUT))
+    if finished:
+        flaw = EXACT if ids[-1] == end_id else SPECIAL
+        chunks = _with_end(chunks, len(spans), len(teacher_ids), len(text.encode("utf-8")), flaw)
+    elif not identical and len(chunks.flaw) and chunks.flaw[-1] == EXACT:
+        chunks = chunks._replace(flaw=np.append(chunks.flaw[:-1], CUT))
     return Answer(
         prompt, prompt_ids, ids, finished, on_policy, text, teacher_prompt_ids, teacher_ids,
         noncanonical, places, chunks,
@@ -191,13 +190,11 @@ def _with_end(chunks: Chunks, n_student: int, n_teacher: int, size: int, flaw: i
     return Chunks(*(np.append(column, x) for column, x in zip(chunks, end, strict=True)))
 
 
-def _one_per_token(spans: Array, *, finished: bool) -> Chunks:
+def _one_per_token(spans: Array) -> Chunks:
     """With identical tokenizers: flaws do not matter, since both sides have the same ids."""
     token = np.arange(len(spans), dtype=np.int64)
     start, end = spans[:, 0], spans[:, 1]
-    chunks = Chunks(token, token + 1, token, token + 1, start, end, np.zeros_like(token))
-    size = int(end.max(initial=0))
-    return _with_end(chunks, len(spans), len(spans), size, EXACT) if finished else chunks
+    return Chunks(token, token + 1, token, token + 1, start, end, np.zeros_like(token))
 
 
 def rollout_of(
@@ -251,7 +248,8 @@ def _stays(measures_N5: Array, first_C: Array, stop_C: Array, flaw_C: Array) -> 
     if len(first_C) == 0:
         return np.zeros(0)
     inside = (stop_C - first_C > 1)[:-1].astype(np.int64)
-    after = np.where(flaw_C[:-1] == EXACT, measures_N5[stop_C[:-1] - 1, inside], 0.0)
+    after, exact = np.zeros(len(inside)), flaw_C[:-1] == EXACT
+    after[exact] = measures_N5[stop_C[:-1][exact] - 1, inside[exact]]
     return np.concatenate(([0.0], after))
 
 

@@ -15,7 +15,7 @@ distribution, and what they leave out (`measure`). This file does not compare th
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
@@ -275,7 +275,9 @@ class Measures(NamedTuple):
     other_N: Tensor
 
 
-def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> Events:
+def match(
+    student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix", stops: Collection[int] = ()
+) -> Events:
     """The events of two vocabularies.
 
     `prefix`: the byte strings that are a text token in both, and the end of turn. Ids with the same
@@ -295,7 +297,11 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
     those of `prefix`, for the audit.
 
     With the same table of bytes on both sides the events of `prefix` and `strict` are the ids
-    themselves, so that the loss is exactly GKD's.
+    themselves, so that the loss is exactly GKD's. An end of the teacher's at which the student does
+    not stop is none to learn: it goes to the student's end there too.
+
+    Args:
+        stops: ids at which the student stops, beside its ends of turn.
 
     Raises:
         ValueError: a side has no end-of-turn id, or the vocabularies share no text token, or an
@@ -318,8 +324,9 @@ def match(student: Vocabulary, teacher: Vocabulary, *, kind: str = "prefix") -> 
     identical = _same_table(student, teacher)
     if identical and kind != "byte":
         names = tuple(student.token_bytes)
-        one = _side(student, names, None)
-        return Events(names, one, one, identical, kind)
+        ours = _side(student, names, None)
+        ends = [i for i, role in enumerate(teacher.roles) if role == "end" and i not in stops]
+        return Events(names, ours, _ending(ours, ends, student.roles), identical, kind)
     fold = _one_blank if kind in ("prefix", CHUNK) else bytes
     if kind == "byte":
         texts = {bytes([byte]): bytes([byte]) for byte in range(256)}
@@ -375,6 +382,18 @@ def _same_table(student: Vocabulary, teacher: Vocabulary) -> bool:
     return tuple(student.token_bytes) == tuple(teacher.token_bytes) and all(
         a == b or {a, b} == {"end", "special"}
         for a, b in zip(student.roles, teacher.roles, strict=True)
+    )
+
+
+def _ending(ours: Side, ends: Sequence[int], roles: Sequence[str]) -> Side:
+    """The teacher's side of the same table: its `ends` that are none of the student's are the first."""
+    others = [i for i in ends if roles[i] != "end"]
+    if not others:
+        return ours
+    event_V = ours.event_V.clone()
+    event_V[others] = roles.index("end")
+    return replace(
+        ours, identity=False, event_V=event_V, column_V=event_V, event_of_id=event_V.numpy()
     )
 
 

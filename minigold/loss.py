@@ -200,8 +200,8 @@ def divergence(student_prob_NX: Tensor, teacher_prob_NX: Tensor, *, beta: float)
     beta -> 1 is KL(student||teacher), and 0.5 is four times the usual JSD.
 
     Args:
-        student_prob_NX, teacher_prob_NX: >= 0; `FLOOR` is added, then rows are scaled to sum to 1.
-            Differentiable, once.
+        student_prob_NX, teacher_prob_NX: >= 0; at least in float32 `FLOOR` is added, then rows are
+            scaled to sum to 1 (those of less than `RARE` to less). Differentiable, once.
         beta: 0 to 1.
 
     Raises:
@@ -215,8 +215,8 @@ def divergence(student_prob_NX: Tensor, teacher_prob_NX: Tensor, *, beta: float)
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"expected beta between 0 (forward KL) and 1 (reverse KL), got {beta}")
-    n = student_prob_NX.shape[1]
-    return _Divergence.apply(student_prob_NX + FLOOR, teacher_prob_NX + FLOOR, n, beta)[0]
+    s_NX, t_NX = _wide(student_prob_NX) + FLOOR, _wide(teacher_prob_NX) + FLOOR
+    return _Divergence.apply(s_NX, t_NX, s_NX.shape[1], beta)[0]
 
 
 class _Divergence(torch.autograd.Function):
@@ -316,8 +316,11 @@ def chunk_losses(
         student_logits_SV: differentiable; `rows` says which predictions are read.
         teacher_logits_TW: no gradient flows into them. In their place `Listed`; or None, where
             `rows.teacher_logp_C` is all that is known (then all chunks are observed).
+
+    Raises:
+        ValueError: no chunk.
     """
-    (one,) = rows.blocks(max(1, len(rows.observed_C)))
+    (one,) = _blocks(rows, len(rows.observed_C))
     student_NV = _wide(student_logits_SV[one.student.place_N])
     return _compare(*_laws(student_NV, teacher_logits_TW, None, one, events), events, beta)
 
@@ -393,6 +396,7 @@ def _chunk_law(logits_NV: Tensor, rows: ChunkRows) -> Tensor:
 
 def _one_or_else(logp_C: Tensor) -> Tensor:
     """A chunk's probability, that of all else, and 0, [C, 3]."""
+    logp_C = logp_C.clamp(max=0)  # a sum of several ends is rounded above it
     parts = logp_C.exp() + FLOOR, -logp_C.expm1() + FLOOR, torch.zeros_like(logp_C)
     return torch.stack(parts, dim=1)
 
@@ -588,8 +592,14 @@ def gold_loss(
             A teacher that says less: see `chunk_losses`.
         weight: 1 / (trained chunks of the whole optimizer step), or 1 / the sum of their weights.
         block: chunks at a time.
+
+    Raises:
+        ValueError: no chunk.
+
+    The gradient is made at this `weight`, before a gradient scaler sees the loss: in float16, where
+    that is too small for many digits, `chunk_losses` is the one to scale.
     """
-    blocks = rows.blocks(block)
+    blocks = _blocks(rows, block)
 
     def losses_of(number: int, raw_NV: Tensor) -> Tensor:
         one = blocks[number]
@@ -626,12 +636,18 @@ def look(
     Arguments as in `gold_loss`; without gradients. For masks that need values first.
     """
     losses, entropies = [], []
-    for one in rows.blocks(block):
+    for one in _blocks(rows, block):
         student_NV = _logits(student_SD[one.student.place_N], student_head)
         student_CX, teacher_CX = _laws(student_NV, teacher_TK, teacher_head, one, events)
         losses.append(_compare(student_CX, teacher_CX, events, beta))
         entropies.append(_entropy(student_CX[:, :-1]))
     return torch.cat(losses), torch.cat(entropies)
+
+
+def _blocks(rows: ChunkRows, size: int) -> list[ChunkRows]:
+    if not len(rows.observed_C):
+        raise ValueError("expected at least one chunk, got none; leave the step out")
+    return rows.blocks(size)
 
 
 def _entropy(weight_CX: Tensor) -> Tensor:

@@ -146,8 +146,9 @@ def chunk_weight(rollouts: Sequence[Rollout], chosen: Sequence[Array], config: C
     """1 / the trained chunks, or the sum of their weights: one denominator for the whole step."""
     n_chunks = sum(len(mask) for mask in chosen)
     counted = chunk_weights(rollouts, chosen, config)
-    if counted is None:
-        n_chosen = float(sum(n_trained(rollouts, chosen, config)))
+    if counted is None:  # `random` has as many as the mask that it replays would train
+        cut = n_trained(rollouts, chosen, config) if config.picks else map(np.sum, chosen)
+        n_chosen = float(sum(cut))
     else:
         n_chosen = float(sum(part.sum() for part in counted))
     return 1 / max(n_chosen, FLOOR_SHARE * n_chunks, 1)
@@ -234,8 +235,12 @@ def starts_of(parts: Sequence[Tensor]) -> list[int]:
 
 
 def pick(loss_C: Tensor, entropy_C: Tensor, chosen: Sequence[Array], config: Config) -> list[Array]:
-    """Of a micro-batch's chosen chunks (C of them) the largest `--fraction`, as masks per rollout."""
+    """Of a micro-batch's chosen chunks (C of them) the largest `--fraction`, as masks per rollout.
+
+    A loss that is not finite comes first: the step is to fail by it.
+    """
     scores_C = loss_C if config.where == "divergence" else soft_or(entropy_C, loss_C)
+    scores_C = torch.where(loss_C.isfinite(), scores_C.nan_to_num(), torch.inf)
     kept, picked = largest(scores_C, config.fraction).cpu().numpy(), []
     for mask in chosen:
         one = np.zeros_like(mask)
@@ -254,12 +259,14 @@ def work_saved(
 
     A backward pass is twice a forward pass, as much where a weight is frozen, and a forward pass more
     with checkpointing. Where fewer chunks are trained than were chosen, all chosen ones went through
-    the head once before.
+    the head once before. Tokens are looked up in the embedding, which is no product.
     """
-    weight_VD, again = student.decoder.head.weight_VD, student.decoder.checkpointing
+    decoder = student.decoder
+    weight_VD, again = decoder.head.weight_VD, decoder.checkpointing
     head, head_pass = weight_VD.numel(), (2 + weight_VD.requires_grad) * weight_VD.numel()
-    body = sum((2 + again + p.requires_grad) * p.numel() for p in student.decoder.parameters())
-    body -= head_pass + again * head
+    ends = {weight_VD.data_ptr(), decoder.embedding.weight.data_ptr()}
+    layers = [p for p in decoder.parameters() if p.data_ptr() not in ends]
+    body = sum((2 + again + p.requires_grad) * p.numel() for p in layers)
     spent = full = 0
     for r, looked, mask in zip(rollouts, chosen, trained, strict=True):
         every, heads = np.ones(len(mask), dtype=bool), head_rows(r)

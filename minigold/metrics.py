@@ -131,7 +131,9 @@ def _best(rollout: Rollout, pair: Pair) -> list[list[str | float] | None]:
 def audit(rollouts: Sequence[Rollout], events: Events) -> str:
     """Mass audit on real samples, before any training: logged, with warnings, and returned."""
     mass = _masses(rollouts)
-    lines = [f"mass audit: {events.n_events} events" + ", the ids themselves" * events.identical]
+    lines = [
+        f"mass audit: {events.n_events} events" + ", the ids themselves" * events.student.identity
+    ]
     for name, side in (("student", events.student), ("teacher", events.teacher)):
         other = mass[f"other_mass_{name}"] or 0.0
         shared = mass[f"shared_mass_{name}"] or 0.0

@@ -272,6 +272,10 @@ class Decoder(nn.Module):
                 self.packed_head = None
 
     @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 

@@ -94,7 +94,7 @@ def make_pair(student: LanguageModel, teacher: Teacher, *, events: str = "prefix
     sides = (student.tokenizer, [student.end_id], student.n_tokens), (
         teacher.tokenizer, teacher.eos_ids, teacher.n_tokens,
     )  # fmt: skip
-    found = match(*matched(*sides), kind=events)
+    found = match(*matched(*sides), kind=events, stops=student.eos_ids)
     return Pair(student, teacher, found.to(student.decoder.device))
 
 

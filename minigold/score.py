@@ -2,7 +2,7 @@
 """Completions in, a file of what the teacher says of them out; and that file as a teacher.
 
 A file is read by a teacher once, and a student trains on it as often as one likes, without the
-teacher. It is a safetensors file of N completions end to end, T tokens and M = T + 1 places in all:
+teacher. It is a safetensors file of N completions end to end, T tokens and M = T + N places in all:
 
     prompt_ids, prompt_ends    int32; int64 [N], where each prompt ends in it
     ids, ends                  int32 [T]; int64 [N]
@@ -74,9 +74,6 @@ class KeptTeacher(Teller):
     def _find(self, reading: Reading) -> Told:
         prompt, ids = tuple(reading.prompt_ids), tuple(reading.ids)
         found = self.told.get((prompt, ids))
-        if found is None and ids[-1:] == (self.end_id,):  # with its end, as one tokenizer reads it
-            found = self.told.get((prompt, ids[:-1]))
-            found = found and _with_nothing(found, self.end_id)
         if found is None:
             text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
             raise ValueError(
@@ -85,17 +82,6 @@ class KeptTeacher(Teller):
                 "train on, with the same prompts, templates and --teacher-plain"
             )
         return found
-
-
-def _with_nothing(told: Told, end_id: int) -> Told:
-    """With one place more, after the end of turn, of which nothing is known."""
-    n_listed = told.id_MK.shape[1]
-    nothing_1K = torch.full((1, n_listed), -math.inf, dtype=told.logp_MK.dtype)
-    return Told(
-        torch.cat([told.logp_M, told.logp_M.new_full((1,), -math.inf)]),
-        torch.cat([told.id_MK, torch.full((1, n_listed), end_id)]),
-        torch.cat([told.logp_MK, nothing_1K]),
-    )
 
 
 def score_file(
@@ -117,9 +103,11 @@ def score_file(
         How many different ones there are.
 
     Raises:
-        ValueError: a line without a completion, or one that the teacher cannot read.
+        ValueError: no line, one without a completion, or one that the teacher cannot read.
         OSError: the file cannot be written, or a server does not come back.
     """
+    if not prompts:
+        raise ValueError("expected at least one completion to score, got none; add lines")
     readings: dict[Key, Reading] = {}
     for prompt in prompts:
         one = _reading(teacher, prompt, plain=plain)

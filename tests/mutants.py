@@ -590,6 +590,43 @@ MUTANTS = (
         "count = sum(int(mask.sum()) for mask in chosen)",
         "tests/test_masked.py",
     ),
+    # ... and its fraction is taken a second time
+    Mutant(
+        "minigold/masked.py",
+        "if config.picks else map(np.sum, chosen)",
+        "if config.mask else map(np.sum, chosen)",
+        "tests/test_masked.py",
+    ),
+    # the loss that is no number is not among those that are picked
+    Mutant(
+        "minigold/masked.py",
+        "torch.where(loss_C.isfinite(), scores_C.nan_to_num(), torch.inf)",
+        "scores_C.nan_to_num()",
+        "tests/test_masked.py",
+    ),
+    # what is looked up counts as a product
+    Mutant(
+        "minigold/masked.py",
+        "if p.data_ptr() not in ends]",
+        "if p.data_ptr() != weight_VD.data_ptr()]",
+        "tests/test_masked.py",
+    ),
+    # a student with the teacher's tokenizer learns an end at which it does not stop
+    Mutant(
+        "minigold/events.py",
+        "    if not others:\n        return ours\n",
+        "    if others:\n        return ours\n",
+        "tests/test_train.py",
+    ),
+    # ... or loses one at which it does
+    Mutant("minigold/pair.py", ", stops=student.eos_ids)", ")", "tests/test_train.py"),
+    # a teacher is surer than sure
+    Mutant(
+        "minigold/loss.py",
+        "    logp_C = logp_C.clamp(max=0)  # a sum of several ends is rounded above it\n",
+        "",
+        "tests/test_tiers.py",
+    ),
     # the teacher's temperature is not that of the chunks' probabilities
     Mutant(
         "minigold/rollout.py",

@@ -83,6 +83,7 @@ PAIR = match(STUDENT, TEACHER)
 SELF = match(
     Vocabulary((b".", b".", b"a", b"", b""), ("text", "text", "text", "end", "special")),
     Vocabulary((b".", b".", b"a", b"", b""), ("text", "text", "text", "end", "end")),
+    stops=[4],
 )
 
 
@@ -99,6 +100,24 @@ def test_one_tokenizer_is_gkd_in_value_and_gradient(beta: float) -> None:
     (theirs_grad,) = torch.autograd.grad(theirs.sum(), student_NV)
     torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(ours_grad, theirs_grad, atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_is_compared_in_float32() -> None:
+    s_NX, t_NX = torch.tensor([[0.9, 0.1, 0.0]]), torch.tensor([[0.4, 0.6, 0.0]])
+    for beta in BETAS:
+        found = divergence(s_NX.half(), t_NX.half(), beta=beta)
+        torch.testing.assert_close(found, divergence(s_NX, t_NX, beta=beta), atol=1e-3, rtol=0)
+
+
+def test_no_chunk_is_no_loss() -> None:
+    rows, logits_NV = one_token_rows(0, []), torch.zeros(2, 5)
+    with pytest.raises(ValueError, match="expected at least one chunk, got none; leave the step"):
+        chunk_losses(logits_NV, logits_NV, rows=rows, events=SELF, beta=0.0)
+    with pytest.raises(ValueError, match="expected at least one chunk, got none; leave the step"):
+        gold_loss(
+            logits_NV, logits_NV, student_head=None, teacher_head=None, rows=rows, events=SELF,
+            beta=0.0, weight=1.0,
+        )  # fmt: skip
 
 
 def test_padded_rows_do_not_count() -> None:

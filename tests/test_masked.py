@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigold.batch import Rollout
+from minigold.batch import Rollout, head_rows
 from minigold.carry import Reading
 from minigold.config import Config
 from minigold.disagree import LEAST, WHERE, budget, choose, soft_or
@@ -27,6 +27,7 @@ from minigold.masked import (
     starts_of,
     train_pass,
 )
+from minigold.model import Decoder
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.teacher import score
@@ -83,8 +84,10 @@ def test_random_replays_the_number_of_another_mask(replay: str) -> None:
     assert count(drawn[0]) == count(other)
     same = [np.array_equal(np.concatenate(drawn[0]), np.concatenate(d)) for d in drawn[1:]]
     assert same == [True, count(other) in (0, sum(int(r.starts_C.sum()) for r in rollouts))]
-    trained = train_pass(pair, rollouts, drawn[0], config).trained
-    assert all(np.array_equal(a, b) for a, b in zip(trained, drawn[0], strict=True))
+    result = train_pass(pair, rollouts, drawn[0], config)
+    assert all(np.array_equal(a, b) for a, b in zip(result.trained, drawn[0], strict=True))
+    mean = train_pass(pair, rollouts, drawn[0], settings("all")).loss  # of the same chunks
+    assert result.loss == pytest.approx(mean, abs=1e-6) and count(drawn[0]) > 0
 
 
 def test_a_fixed_answer_is_tested_by_the_student() -> None:
@@ -273,6 +276,38 @@ def test_work_saved_falls_with_the_share_and_counts_the_look() -> None:
     assert shares[0] < head / (head + body)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_work_saved_counts_products_and_no_lookup(tied: bool) -> None:
+    one = cross_pair()
+    config = dataclasses.replace(one.student.decoder.config, tied=tied)
+    decoder = Decoder(config)
+    decoder.n_tokens = one.student.n_tokens
+    pair = make_pair(dataclasses.replace(one.student, decoder=decoder), one.teacher)
+    rollouts = rollouts_of(pair)
+    last = [np.arange(len(r.chunks.s0)) == len(r.chunks.s0) - 1 for r in rollouts]  # whole rows
+    outer = ("embed_tokens", "lm_head")
+    layers = {k: p for k, p in decoder.named_parameters() if not any(x in k for x in outer)}
+    body, head = sum(p.numel() for p in layers.values()), decoder.head.weight_VD.numel()
+    inputs = sum(n_inputs(r, np.ones(len(r.chunks.s0), dtype=bool)) for r in rollouts)
+    rows = [head_rows(r) for r in rollouts]
+    some = sum(int(n[mask].sum()) for n, mask in zip(rows, last, strict=True))
+    every = sum(int(n.sum()) for n in rows)
+    want = 1 - (body * inputs + head * some) / (body * inputs + head * every)
+    assert train_pass(pair, rollouts, last, settings("all")).work_saved == pytest.approx(want)
+
+
+@pytest.mark.parametrize("where", ["divergence", "soft-or"])
+def test_a_loss_that_is_no_number_is_the_steps_to_fail_by(where: str) -> None:
+    pair = cross_pair()
+    config = settings(where, fraction=0.1)
+    rollouts = rollouts_of(pair)
+    c = int(rollouts[2].comparable_C(pair.events, 1.0).nonzero()[0][0])  # of one chunk alone
+    rollouts[2].score.hidden_MD[rollouts[2].chunks.t0[c]] = torch.nan
+    loss = train_pass(pair, rollouts, chosen_of(pair, rollouts, config), config).loss
+    pair.student.decoder.zero_grad(set_to_none=True)
+    assert np.isnan(loss)
+
+
 @pytest.mark.parametrize("kind", ["strict", "byte"])
 def test_other_events_train_end_to_end(kind: str) -> None:
     one = cross_pair()
@@ -318,10 +353,17 @@ def test_temperatures_are_hintons_with_one_tokenizer() -> None:
             teacher_NV = pair.teacher.decoder.head.logits(hidden)
         total = total + gkd(student_NV / 2, teacher_NV / 3, 0.0).sum()
         n += len(a.ids)
-        for logits_NV, ids, tau, logp in (
-            (student_NV, a.ids, 2, r.student_logp_C), (teacher_NV, a.teacher_ids, 3, r.teacher_logp_C),
-        ):  # fmt: skip
-            want_C = (logits_NV.detach() / tau).log_softmax(-1)[torch.arange(len(ids)), ids]
+        ends = sorted(pair.teacher.eos_ids)  # at its end the teacher may mean any of them
+        for logits_NV, tau, logp in (
+            (student_NV, 2, r.student_logp_C),
+            (teacher_NV, 3, r.teacher_logp_C),
+        ):
+            logp_NV = (logits_NV.detach() / tau).log_softmax(-1)
+            want_C = logp_NV[torch.arange(len(a.ids)), a.ids]
+            if a.finished and logits_NV is teacher_NV:
+                want_C[-1] = logp_NV[-1, ends].logsumexp(-1)
+            if a.finished and a.ids[-1] != pair.student.end_id:  # a stop that is no end of its turn
+                want_C[-1] = torch.nan
             np.testing.assert_allclose(logp, want_C.numpy(), atol=1e-4)
     (total / n).backward()
     want = torch.cat([p.grad.flatten() for p in decoder.parameters() if p.grad is not None])

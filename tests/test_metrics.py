@@ -17,10 +17,11 @@ from minigold.align import Chunks
 from minigold.batch import Answer, Rollout
 from minigold.config import Config
 from minigold.data import COLUMNS, RESERVED, Prompt
-from minigold.events import Measures
+from minigold.events import Measures, match
 from minigold.metrics import audit, sample_rows, step_metrics
-from minigold.offsets import CUT, EXACT, FLAWS, UNKNOWN
+from minigold.offsets import CUT, EXACT, FLAWS, UNKNOWN, vocabulary
 from minigold.teacher import Score
+from tokenizers_for_tests import byte_bpe
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 
@@ -303,10 +304,14 @@ def test_the_audit_says_where_the_mass_is(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_the_audit_knows_identical_tokenizers() -> None:
-    same = SimpleNamespace(**{**vars(EVENTS), "identical": True})
-    assert audit([answer()], same).startswith(
-        "mass audit: 30 events, the ids themselves\n  student"
-    )
+    tokens = vocabulary(byte_bpe(), end_ids=[0])
+    for kind, said in (
+        ("prefix", f"{len(tokens.roles)} events, the ids themselves"),
+        ("byte", "257 events"),
+    ):
+        assert audit([answer()], match(tokens, tokens, kind=kind)).startswith(
+            f"mass audit: {said}\n"
+        )
 
 
 @pytest.mark.parametrize(

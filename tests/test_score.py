@@ -272,6 +272,8 @@ def test_what_cannot_be_scored_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         score_file(limited(model, 3), [row], tmp_path / "f.safetensors", plain=True)
+    with pytest.raises(ValueError, match="expected at least one completion to score, got none"):
+        score_file(limited(model, 3), [], tmp_path / "f.safetensors", plain=True)
     assert list(tmp_path.iterdir()) == []
 
 

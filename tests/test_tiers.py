@@ -295,6 +295,18 @@ def test_a_chunk_is_compared_with_all_else(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_teacher_that_is_sure_of_a_chunk_may_be_rounded_above_one(beta: float) -> None:
+    """Two ends of turn, added up in float32."""
+    rows = one_row([1], [FIRST], logp=4.1e-8, observed=True)
+    sure = dataclasses.replace(rows, teacher_logp_C=torch.zeros_like(rows.teacher_logp_C))
+    found, want = (
+        chunk_losses(torch.tensor([[0.0, 1.0, 0.0]]), None, rows=one, events=SMALL, beta=beta)
+        for one in (rows, sure)
+    )
+    assert torch.equal(found, want) and found.isfinite().all()
+
+
 def test_a_student_that_is_sure_of_a_chunk_still_learns_to_doubt_it() -> None:
     """exp of its log-probability is 1 in float32: what is left has its digits all the same."""
     for gap in (10.0, 20.0, 35.0, 60.0):

@@ -512,6 +512,25 @@ def test_bfloat16_products_give_nearly_the_same_step(monkeypatch: pytest.MonkeyP
     assert all(np.isfinite(mask).all() for mask in masks)
 
 
+@pytest.mark.parametrize("events", ["prefix", "strict", "byte", "chunk"])
+def test_an_answer_without_a_teacher_token_is_read(events: str) -> None:
+    """A marker of the student's own, which says no text, and its end."""
+    student = tiny_model("llama", byte_bpe(), end="<|im_end|>", seed=1)
+    teacher = tiny_model("gemma3_text", sentencepiece_bpe(), end="</s>", seed=2)
+    pair = make_pair(student, teacher, events=events)
+    marker, end = pair.student.tokenizer.token_to_id("<|im_start|>"), pair.student.end_id
+    answer = answer_of(
+        PROMPTS[0], [5], [marker, end], finished=True, on_policy=True, teacher_prompt_ids=[5],
+        student_tokenizer=pair.student.tokenizer, teacher_tokenizer=pair.teacher.tokenizer,
+        end_id=end, identical=False,
+    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, events=events)
+    (r,) = collect(pair, [answer], [None], config)
+    assert answer.teacher_ids == [] and r.scorable_C.tolist() == [False, True]
+    assert math.isfinite(train_pass(pair, [r], all_chosen([r]), config).loss)
+    pair.student.decoder.zero_grad(set_to_none=True)
+
+
 @lru_cache(maxsize=1)
 def same_pair() -> Pair:
     """One tokenizer, two models of different families."""
@@ -535,7 +554,7 @@ def test_one_tokenizer_is_gkd_from_end_to_end(beta: float) -> None:
     total, count = torch.zeros(()).double(), 0
     for r in rollouts:
         a = r.answer
-        assert a.teacher_ids == a.ids
+        assert a.teacher_ids == a.ids[: len(a.ids) - a.finished]
         states = slice(len(a.prompt_ids) - 1, len(a.prompt_ids) - 1 + len(a.ids))
         student_NV = decoder.head.logits(decoder(torch.tensor([a.prompt_ids + a.ids]))[0, states])
         with torch.no_grad():
@@ -551,6 +570,39 @@ def test_one_tokenizer_is_gkd_from_end_to_end(beta: float) -> None:
     value = train_pass(pair, rollouts, all_chosen(rollouts), config).loss
     decoder.zero_grad(set_to_none=True)
     assert value == pytest.approx((total / count).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("also", [(), ("<|endoftext|>",)])
+def test_an_end_that_is_none_to_the_student_is_its_own_end(also: tuple[str, ...]) -> None:
+    """A base model and its instruction-tuned sibling: one tokenizer, and a turn ends otherwise."""
+    student = tiny_model("llama", byte_bpe(), end="<|endoftext|>", seed=3)
+    teacher = tiny_model("qwen3", byte_bpe(), end="<|im_end|>", extra_ends=also, seed=4)
+    pair = make_pair(student, teacher)
+    assert pair.events.identical and student.end_id != teacher.end_id
+    finished = [dataclasses.replace(p, completion=" the quick brown fox") for p in PROMPTS]
+    config = dataclasses.replace(CONFIG, lmbda=0.0)
+    rollouts = collect(pair, *sample_answers(pair, finished, config, number=1), config)
+    decoder, total, count = student.decoder, torch.zeros(()).double(), 0
+    for r in rollouts:
+        a = r.answer
+        assert a.finished and a.ids[-1] == student.end_id and teacher.end_id not in a.ids
+        states = slice(len(a.prompt_ids) - 1, len(a.prompt_ids) - 1 + len(a.ids))
+        student_NV = decoder.head.logits(decoder(torch.tensor([a.prompt_ids + a.ids]))[0, states])
+        with torch.no_grad():
+            hidden = teacher.decoder(torch.tensor([a.teacher_prompt_ids + a.ids]))[0, states]
+            teacher_NV = teacher.decoder.head.logits(hidden)
+        ends = [student.end_id, teacher.end_id]
+        mean_N = teacher_NV.log_softmax(-1)[:, ends].logsumexp(-1)
+        teacher_NV = teacher_NV.log_softmax(-1).index_copy(
+            1, torch.tensor(ends), torch.stack([mean_N, torch.full_like(mean_N, -80.0)], 1)
+        )
+        want = teacher.decoder.head.logits(hidden)[-1].log_softmax(-1)[list(teacher.eos_ids)]
+        assert r.teacher_logp_C[-1] == pytest.approx(want.logsumexp(-1).item(), abs=1e-5)
+        total = total + gkd(student_NV, teacher_NV, 0.0).sum()
+        count += len(a.ids)
+    value = train_pass(pair, rollouts, all_chosen(rollouts), dataclasses.replace(CONFIG, beta=0.0))
+    decoder.zero_grad(set_to_none=True)
+    assert value.loss == pytest.approx((total / count).item(), abs=1e-6)
 
 
 def test_a_student_that_is_its_teacher_learns_nothing() -> None:
