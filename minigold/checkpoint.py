@@ -12,7 +12,7 @@
     final/                           the trained student; with it the run is finished
 
 Files and folders are written beside their place as `.NAME.part`, flushed to the disk and renamed:
-what stands under its own name is whole. Random streams are counted by seed, stream and step, and so
+what stands under its own name is whole. One process at a time holds the folder. Random streams are counted by seed, stream and step, and so
 is the order of the data: the number of the step stands for all of them.
 """
 
@@ -24,12 +24,13 @@ import logging
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import tokenizers
@@ -48,6 +49,9 @@ from minigold.load import LanguageModel
 from minigold.lora import SETTINGS, TENSORS, adapter_of, load_adapter, save_adapter
 from minigold.pair import Pair
 from minigold.weights import copy_tokenizer, load_decoder, save_decoder
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from minigold.train import Step
@@ -73,13 +77,14 @@ FREE = ("log_every", "save_every", "keep", "patience", "python")  # may differ o
 
 @dataclass
 class Run:
-    """An open run folder.
+    """An open run folder, held against other processes until it is closed (by `with`).
 
     Args:
         keep, best_by: of the settings.
         history: metrics of the steps that are done.
         evals: evaluations that are done.
         last: the newest whole checkpoint.
+        lock: the open folder, where locks are known.
     """
 
     out: Path
@@ -90,6 +95,15 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
     last: Path | None = None
+    lock: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+        self.lock = None
 
     def add(self, step: Step) -> None:
         """Appends the step's lines to both logs; a failed step's batch goes to failed/."""
@@ -209,23 +223,52 @@ def open_run(
 
     Raises:
         ValueError: see `check_out`; settings, models, prompts or versions of another run; torn
-            checkpoints alone.
+            checkpoints alone; another process writes there.
     """
     check_out(out, resume=resume)
     if isinstance(pair.student.decoder, HFDecoder):
         pair.student.decoder.check_saving()
-    run = Run(out, pair, optimizer, config.keep, config.best_by)
-    settings, path = settings_of(pair, prompts, config, eval_prompts), out / "config.json"
+    settings = settings_of(pair, prompts, config, eval_prompts)
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(out, pair, optimizer, config.keep, config.best_by, lock=_locked(out))
+    try:
+        _set_back(run, settings, config)
+    except BaseException:
+        run.__exit__()
+        raise
+    return run
+
+
+def _locked(out: Path) -> int | None:
+    """The open folder, locked until it is closed; None where the system or the disk knows no locks."""
+    if sys.platform == "win32":
+        return None
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise ValueError(
+            f"expected that no other process writes to {out}, got one that does; wait for it, or end it"
+        ) from error
+    except OSError as error:  # a network's disk
+        os.close(folder)
+        log.warning("%s cannot be locked (%s): let no other process write there", out, error)
+        return None
+    return folder
+
+
+def _set_back(run: Run, settings: dict[str, Any], config: Config) -> None:
+    """To the last whole checkpoint, if there is one; what a killed process left is removed."""
+    path = run.out / "config.json"
     begun = path.is_file()
     if begun:
-        _check_same(read_object(path, remedy=BACK), settings, out)
-    out.mkdir(parents=True, exist_ok=True)
-    for part in (*out.glob(f".*{PART}"), *out.glob(f"*/.*{PART}")):
+        _check_same(read_object(path, remedy=BACK), settings, run.out)
+    for part in (*run.out.glob(f".*{PART}"), *run.out.glob(f"*/.*{PART}")):
         _remove(part)
     if begun:
         _restore(run, config.steps)
     _write(path, _json(settings))
-    return run
 
 
 def settings_of(

@@ -52,8 +52,8 @@ def estimate(
     """
     check_adapter(student, config)
     pair = make_pair(student, teacher, events=config.events)
-    check_prompts(prompts, pair, config)
-    check_eval_prompts(eval_prompts, pair, config)
+    check_prompts(prompts, pair, config, device=device)
+    check_eval_prompts(eval_prompts, pair, config, device=device)
     sizes = sizes_of(pair, prompts, config, device=device, dtype=dtype)
     own = torch.bfloat16 if device.type == "cuda" else torch.float32
     rates = {one: measure_rates(device, one) for one in {own, dtype}}

@@ -23,6 +23,7 @@ LOOK = defaultdict(lambda: 16, cpu=1)  # steps from look to look at ended rows; 
 ALIKE = 0.8  # prompts are read together if none is shorter than this part of the longest
 AT_ONCE = 2**14  # tokens of prompts that are read together
 BLOCK = 512  # tokens whose probabilities a draw sums up at once
+COLDEST = torch.finfo(torch.float32).tiny  # a temperature below is as good as 0
 
 
 class CausalLM(Protocol):
@@ -77,7 +78,8 @@ def warp(logits_BV: Tensor, *, temperature: float, top_p: float = 1.0, top_k: in
     if temperature == 0:
         best_B = logits_BV.argmax(-1)
         return torch.nn.functional.one_hot(best_B, logits_BV.shape[-1]).to(logits_BV.dtype)
-    logits_BV = logits_BV / temperature
+    if temperature != 1:  # the likeliest at 0, so that nothing overflows however cold it is
+        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, COLDEST)
     if 0 < top_k < logits_BV.shape[-1]:
         limit_B1 = logits_BV.topk(top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < limit_B1, -torch.inf)

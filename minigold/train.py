@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -88,7 +89,7 @@ def distill(
     Raises:
         ValueError: prompts that do not fit the models or the settings, a loss that the teacher does not
             say enough for, a folder that is not empty
-            or, with `resume`, holds another run.
+            or, with `resume`, holds another run, or one that another process writes.
         FloatingPointError: loss or gradient were not finite in `patience` steps in a row (the
             weights are those before), or a weight is not.
         OSError: the disk is full; the last checkpoint stays good.
@@ -115,27 +116,28 @@ def distill(
         )
     history = run.history if run else []
     evaluate_now = _evaluator(pair, eval_prompts, config, run, on_eval)
-    evaluate_now(len(history))
-    batches = islice(batches_of(prompts, config), len(history), None)
-    for number in range(len(history) + 1, config.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(number, config)
-        step = take_step(pair, optimizer, next(batches), config, number=number)
-        history.append(step.metrics)
+    with run or nullcontext():
+        evaluate_now(len(history))
+        batches = islice(batches_of(prompts, config), len(history), None)
+        for number in range(len(history) + 1, config.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(number, config)
+            step = take_step(pair, optimizer, next(batches), config, number=number)
+            history.append(step.metrics)
+            if run:
+                run.add(step)
+            _judge(step, history, config, kept=run.kept() if run else "")
+            if on_step and not step.wrong:
+                on_step(step)
+            best = evaluate_now(number)
+            stopping = stop is not None and number < config.steps and stop()
+            saving = best or stopping or (config.save_every and number % config.save_every == 0)
+            if run and saving:
+                run.save(number)
+            if stopping:
+                return history
         if run:
-            run.add(step)
-        _judge(step, history, config, kept=run.kept() if run else "")
-        if on_step and not step.wrong:
-            on_step(step)
-        best = evaluate_now(number)
-        stopping = stop is not None and number < config.steps and stop()
-        saving = best or stopping or (config.save_every and number % config.save_every == 0)
-        if run and saving:
-            run.save(number)
-        if stopping:
-            return history
-    if run:
-        run.finish()
+            run.finish()
     return history
 
 
@@ -291,18 +293,23 @@ def take_step(
     return Step(row, rollouts, accepted, trained, wrong)
 
 
-def check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
+def check_prompts(
+    prompts: Sequence[Prompt], pair: Pair, config: Config, *, device: torch.device | None = None
+) -> None:
     """Refuses prompts that a run with these models and settings could not read.
+
+    Args:
+        device: that of the run, if it is not the student's.
 
     Raises:
         ValueError: none at all, one that is too long, or that a side cannot read as it is.
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
-    if config.cuda_graphs and pair.student.decoder.device.type != "cuda":
+    device = device or pair.student.decoder.device
+    if config.cuda_graphs and device.type != "cuda":
         raise ValueError(
-            f"expected --cuda-graphs with --device cuda, got {pair.student.decoder.device}; "
-            "leave one of them out"
+            f"expected --cuda-graphs with --device cuda, got {device}; leave one of them out"
         )
     if config.lmbda < 1 and not any(p.completion is not None for p in prompts):
         raise ValueError(
@@ -322,7 +329,9 @@ def check_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None
                 raise ValueError(f"prompt of line {prompt.line}, {name}: {error}") from error
 
 
-def check_eval_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) -> None:
+def check_eval_prompts(
+    prompts: Sequence[Prompt], pair: Pair, config: Config, *, device: torch.device | None = None
+) -> None:
     """Refuses prompts on which an evaluation could not run, or not give the figure `best_by`.
 
     Raises:
@@ -349,7 +358,7 @@ def check_eval_prompts(prompts: Sequence[Prompt], pair: Pair, config: Config) ->
         )
     reads = any(p.completion is not None for p in prompts)
     try:
-        check_prompts(prompts, pair, replace(config, lmbda=0.0 if reads else 1.0))
+        check_prompts(prompts, pair, replace(config, lmbda=0.0 if reads else 1.0), device=device)
     except ValueError as error:
         raise ValueError(f"--eval-prompts: {error}") from error
 

@@ -518,10 +518,10 @@ def of_checkpoint(arena: Arena, rng: random.Random) -> Callable[[], Any]:
         both = make_pair(student, teacher)
         student.decoder.requires_grad_(True)
         optimizer = adamw(student.decoder, SETTINGS)
-        opened = open_run(run, both, optimizer, arena.prompts, SETTINGS, resume=True,
-                          eval_prompts=arena.prompts)  # fmt: skip
-        failed_in_a_row(opened.history)
-        collapses(opened.history * 20, answers=2)
+        with open_run(run, both, optimizer, arena.prompts, SETTINGS, resume=True,
+                      eval_prompts=arena.prompts) as opened:  # fmt: skip
+            failed_in_a_row(opened.history)
+            collapses(opened.history * 20, answers=2)
         for parameter in student.decoder.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

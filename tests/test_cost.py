@@ -30,7 +30,7 @@ from minigold.masked import micro_batches, n_inputs, train_pass
 from minigold.model import MATRICES, Decoder, ModelConfig
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
-from minigold.train import choose_trained, trained_weights
+from minigold.train import check_eval_prompts, check_prompts, choose_trained, trained_weights
 from tiny_models import FAMILIES, raw_config, tiny_model
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
@@ -441,6 +441,19 @@ def test_without_text_the_teacher_is_taken_to_need_as_many_tokens(
     assert dry_run._teacher_tokens_a_token(pair, [Prompt("x")]) > 0
     empty = replace(Prompt("x"), prompt=prompt, completion=completion)
     assert dry_run._teacher_tokens_a_token(pair, [empty]) == 1.0
+
+
+def test_the_device_that_is_asked_is_that_of_the_run() -> None:
+    pair, config = pair_and_config("qwen2", cuda_graphs=True)
+    models, prompts = (pair.student, pair.teacher), [Prompt(prompt="the fox")]
+    given = {"device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(ValueError, match="expected --cuda-graphs with --device cuda, got cpu"):
+        dry_run.estimate(*models, prompts, config, **given)
+    pair.student.decoder.to("meta")
+    for check in (check_prompts, check_eval_prompts):
+        check(prompts, pair, config, device=torch.device("cuda"))
+        with pytest.raises(ValueError, match="with --device cuda, got meta"):
+            check(prompts, pair, config)
 
 
 def test_what_is_told_holds_the_figures() -> None:

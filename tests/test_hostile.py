@@ -521,9 +521,9 @@ def run(tmp_path: Path) -> tuple[Path, Callable[[], Any]]:
 
     def resumed() -> Any:
         pair = make_pair(*models())
-        return open_run(
-            out, pair, adamw(pair.student.decoder, SETTINGS), prompts, SETTINGS, resume=True
-        )
+        optimizer = adamw(pair.student.decoder, SETTINGS)
+        with open_run(out, pair, optimizer, prompts, SETTINGS, resume=True) as opened:
+            return opened
 
     return out, resumed
 

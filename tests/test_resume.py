@@ -195,6 +195,39 @@ def test_a_process_told_to_end_does_so_after_its_step(work: Path, tmp_path: Path
     check_whole(checkpoints_of(tmp_path / "run")[0])
 
 
+def test_a_second_process_leaves_a_run_alone(work: Path, tmp_path: Path) -> None:
+    """A job that was queued again while the old one still writes."""
+    out = tmp_path / "run"
+    args = [*arguments(work, steps=100_000, save_every=1), "--out", str(out), "--resume"]
+    command = [sys.executable, "-m", "minigold", *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.startswith("step 1/"))
+        process.send_signal(signal.SIGSTOP)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        process.stderr.read()
+        assert process.wait() == 143
+    message = f"expected that no other process writes to {out}, got one that does; wait for it"
+    assert second.returncode == 2 and message in second.stderr
+    assert len(train(work, out, dataclasses.replace(CONFIG, steps=100_000, save_every=1), resume=True,
+                     stop=lambda: True)) >= 2  # fmt: skip
+
+
+def test_a_disk_without_locks_is_warned_of(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    train(work, tmp_path / "run", dataclasses.replace(CONFIG, steps=1))
+    assert "cannot be locked" in caplog.text
+
+
 def test_signals_are_left_alone_outside_the_main_thread() -> None:
     found: list[Any] = []
 
@@ -843,7 +876,8 @@ def test_other_models_prompts_and_versions_are_refused_and_what_changes_no_numbe
     prompts = mg.data.read_prompts(work / "prompts.jsonl")
     optimizer = adamw(pair.student.decoder, CONFIG)
     if message is None:
-        assert len(open_run(out, pair, optimizer, prompts, CONFIG, resume=True).history) == 3
+        with open_run(out, pair, optimizer, prompts, CONFIG, resume=True) as opened:
+            assert len(opened.history) == 3
         assert json.loads((out / "config.json").read_text("utf-8")) == old
     else:
         with pytest.raises(ValueError, match=message):

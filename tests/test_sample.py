@@ -178,6 +178,12 @@ def test_temperature_zero_is_greedy() -> None:
             ids.append(token)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-39, 5e-324])
+def test_next_to_zero_is_greedy_too(temperature: float) -> None:
+    logits_BV = torch.tensor([[1.0, 3.0, 2.0], [-2e4, -3e4, -4e4]])
+    assert warp(logits_BV, temperature=temperature).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 3.0), st.floats(0.05, 1.0), st.integers(0, 12))
 def test_filters_keep_the_most_likely_and_their_proportions(
     seed: int, temperature: float, top_p: float, top_k: int
