@@ -24,7 +24,6 @@ import logging
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -42,16 +41,13 @@ from torch import Tensor
 import minigold
 from minigold import metrics as measured
 from minigold.config import BEST_BY, Config, option_name
-from minigold.data import Prompt, own_file, parse_object, read_object
+from minigold.data import Prompt, locked, own_file, parse_object, read_object
 from minigold.evaluate import best_of
 from minigold.hf import HFDecoder
 from minigold.load import LanguageModel
 from minigold.lora import SETTINGS, TENSORS, adapter_of, load_adapter, save_adapter
 from minigold.pair import Pair
 from minigold.weights import copy_tokenizer, load_decoder, save_decoder
-
-if sys.platform != "win32":
-    import fcntl
 
 if TYPE_CHECKING:
     from minigold.train import Step
@@ -230,32 +226,13 @@ def open_run(
         pair.student.decoder.check_saving()
     settings = settings_of(pair, prompts, config, eval_prompts)
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(out, pair, optimizer, config.keep, config.best_by, lock=_locked(out))
+    run = Run(out, pair, optimizer, config.keep, config.best_by, lock=locked(out))
     try:
         _set_back(run, settings, config)
     except BaseException:
         run.__exit__()
         raise
     return run
-
-
-def _locked(out: Path) -> int | None:
-    """The open folder, locked until it is closed; None where the system or the disk knows no locks."""
-    if sys.platform == "win32":
-        return None
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(folder)
-        raise ValueError(
-            f"expected that no other process writes to {out}, got one that does; wait for it, or end it"
-        ) from error
-    except OSError as error:  # a network's disk
-        os.close(folder)
-        log.warning("%s cannot be locked (%s): let no other process write there", out, error)
-        return None
-    return folder
 
 
 def _set_back(run: Run, settings: dict[str, Any], config: Config) -> None:

@@ -9,19 +9,26 @@ tokenized here.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import reprlib
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = [
-    "Message", "Prompt", "check_target", "own_file", "parse_object", "read_object", "read_prompts",
+    "Message", "Prompt", "check_target", "locked", "own_file", "parse_object", "read_object", "read_prompts",
     "short", "write_whole",
 ]  # fmt: skip
 
+log = logging.getLogger("minigold")
 Message = dict[str, Any]
 LARGEST = 2**24  # bytes of a JSON object
 DEEPEST = 100  # levels of it
@@ -218,6 +225,29 @@ def write_whole(path: Path, data: bytes) -> None:
         part = Path(folder) / target.name
         part.write_bytes(data)
         part.replace(target)
+
+
+def locked(folder: Path) -> int | None:
+    """The open folder, locked until it is closed; None where system or disk know no such locks.
+
+    Raises:
+        ValueError: another process has locked it.
+    """
+    if sys.platform == "win32":
+        return None
+    found = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(found)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"expected that no other process writes to {folder}, got one that does; wait for it, "
+                "or end it"
+            ) from error
+        log.warning("%s cannot be locked (%s): let no other process write there", folder, error)
+        return None
+    return found
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

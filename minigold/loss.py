@@ -164,6 +164,8 @@ class ChunkRows:
     def blocks(self, size: int) -> list[ChunkRows]:
         """`size` chunks at a time, with the student rows that they own, all `FIRST` rows first."""
         n_chunks, own, carry = len(self.observed_C), self.student, self.teacher_carry
+        if not n_chunks:
+            raise ValueError("expected at least one chunk, got none; leave the step out")
         edges = [*range(0, n_chunks, size), n_chunks]
         edge_E = torch.tensor(edges, device=own.chunk_N.device)
         bounds = [torch.searchsorted(x, edge_E).tolist() for x in (own.chunk_N, carry.chunk_K)]
@@ -171,17 +173,15 @@ class ChunkRows:
         for i, start in enumerate(edges[:-1]):
             chunks = slice(start, edges[i + 1])
             rows, some = (slice(bound[i], bound[i + 1]) for bound in bounds)
-            found.append(
-                ChunkRows(
-                    own.part(rows, start),
-                    self.teacher_place_C[chunks],
-                    self.teacher_id_C[chunks],
-                    self.teacher_logp_C[chunks],
-                    Carry(carry.chunk_K[some] - start, carry.event_K[some], carry.mass_K[some]),
-                    self.observed_C[chunks],
-                    None if self.weight_C is None else self.weight_C[chunks],
-                )
-            )
+            found.append(ChunkRows(
+                own.part(rows, start),
+                self.teacher_place_C[chunks],
+                self.teacher_id_C[chunks],
+                self.teacher_logp_C[chunks],
+                Carry(carry.chunk_K[some] - start, carry.event_K[some], carry.mass_K[some]),
+                self.observed_C[chunks],
+                None if self.weight_C is None else self.weight_C[chunks],
+            ))  # fmt: skip
         return found
 
 
@@ -320,7 +320,7 @@ def chunk_losses(
     Raises:
         ValueError: no chunk.
     """
-    (one,) = _blocks(rows, len(rows.observed_C))
+    (one,) = rows.blocks(max(1, len(rows.observed_C)))
     student_NV = _wide(student_logits_SV[one.student.place_N])
     return _compare(*_laws(student_NV, teacher_logits_TW, None, one, events), events, beta)
 
@@ -344,8 +344,9 @@ def _laws(
     From the student's logits at `rows`, and the teacher's states and head, or what it says. With
     a tail there is one column more, before *other*; of chunks alone there are two in all.
     """
-    if teacher_TK is None:
-        return _chunk_law(student_NV, rows), _one_or_else(rows.teacher_logp_C.to(student_NV))
+    if teacher_TK is None:  # the sum of several ends can be rounded above 0
+        known_C = rows.teacher_logp_C.to(student_NV).clamp(max=0)
+        return _chunk_law(student_NV, rows), _one_or_else(known_C)
     student_CX = _student_law(student_NV, rows, events.student)
     with torch.no_grad():
         if isinstance(teacher_TK, Tensor):
@@ -396,7 +397,6 @@ def _chunk_law(logits_NV: Tensor, rows: ChunkRows) -> Tensor:
 
 def _one_or_else(logp_C: Tensor) -> Tensor:
     """A chunk's probability, that of all else, and 0, [C, 3]."""
-    logp_C = logp_C.clamp(max=0)  # a sum of several ends is rounded above it
     parts = logp_C.exp() + FLOOR, -logp_C.expm1() + FLOOR, torch.zeros_like(logp_C)
     return torch.stack(parts, dim=1)
 
@@ -599,13 +599,12 @@ def gold_loss(
     The gradient is made at this `weight`, before a gradient scaler sees the loss: in float16, where
     that is too small for many digits, `chunk_losses` is the one to scale.
     """
-    blocks = _blocks(rows, block)
+    blocks = rows.blocks(block)
 
     def losses_of(number: int, raw_NV: Tensor) -> Tensor:
-        one = blocks[number]
         raw_NV = _wide(raw_NV)
         student_NV = raw_NV if student_head is None else student_head.cap(raw_NV)
-        laws = _laws(student_NV, teacher_TK, teacher_head, one, events)
+        laws = _laws(student_NV, teacher_TK, teacher_head, blocks[number], events)
         return _compare(*laws, events, beta)
 
     places, weights = [one.student.place_N for one in blocks], [one.weight_C for one in blocks]
@@ -636,23 +635,13 @@ def look(
     Arguments as in `gold_loss`; without gradients. For masks that need values first.
     """
     losses, entropies = [], []
-    for one in _blocks(rows, block):
+    for one in rows.blocks(block):
         student_NV = _logits(student_SD[one.student.place_N], student_head)
         student_CX, teacher_CX = _laws(student_NV, teacher_TK, teacher_head, one, events)
         losses.append(_compare(student_CX, teacher_CX, events, beta))
-        entropies.append(_entropy(student_CX[:, :-1]))
+        scaled_CX = student_CX[:, :-1] / student_CX[:, :-1].sum(-1, keepdim=True).clamp(min=RARE)
+        entropies.append(torch.special.entr(scaled_CX).sum(-1))
     return torch.cat(losses), torch.cat(entropies)
-
-
-def _blocks(rows: ChunkRows, size: int) -> list[ChunkRows]:
-    if not len(rows.observed_C):
-        raise ValueError("expected at least one chunk, got none; leave the step out")
-    return rows.blocks(size)
-
-
-def _entropy(weight_CX: Tensor) -> Tensor:
-    """In nats, of rows scaled to sum to 1."""
-    return torch.special.entr(weight_CX / weight_CX.sum(-1, keepdim=True).clamp(min=RARE)).sum(-1)
 
 
 def _logits(states: Tensor, head: Head | None) -> Tensor:

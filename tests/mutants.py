@@ -623,8 +623,8 @@ MUTANTS = (
     # a teacher is surer than sure
     Mutant(
         "minigold/loss.py",
-        "    logp_C = logp_C.clamp(max=0)  # a sum of several ends is rounded above it\n",
-        "",
+        "known_C = rows.teacher_logp_C.to(student_NV).clamp(max=0)",
+        "known_C = rows.teacher_logp_C.to(student_NV)",
         "tests/test_tiers.py",
     ),
     # the teacher's temperature is not that of the chunks' probabilities
@@ -1005,11 +1005,18 @@ MUTANTS = (
         "path for path in found if _number(path) > done and path.is_file()",
         "tests/test_resume.py",
     ),
+    # two processes write to one folder
+    Mutant(
+        "minigold/data.py",
+        "fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(found, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "tests/test_resume.py",
+    ),
     # what a process left half done stays
     Mutant(
         "minigold/checkpoint.py",
-        '*out.glob(f"*/.*{PART}")):',
-        '*out.glob(f"*/?.*{PART}")):',
+        '*run.out.glob(f"*/.*{PART}")):',
+        '*run.out.glob(f"*/?.*{PART}")):',
         "tests/test_resume.py",
     ),
     # prompts are compared by their number

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import minigold as mg
-from minigold import checkpoint
+from minigold import checkpoint, data
 from minigold.checkpoint import check_whole, checkpoints_of, moments, open_run, set_moments
 from minigold.cli import main
 from minigold.config import BEST_BY, Config, option_name
@@ -223,7 +223,7 @@ def test_a_disk_without_locks_is_warned_of(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    monkeypatch.setattr(data.fcntl, "flock", refuse)
     train(work, tmp_path / "run", dataclasses.replace(CONFIG, steps=1))
     assert "cannot be locked" in caplog.text
 
