@@ -9,9 +9,9 @@ with probability `min(1, exp(l_t - l_s))`, and training goes where it would not.
 
 What a mask leaves out is not only work: a form that both models hold is trained next to never, and
 is lost bit by bit to the steps on other chunks. `weighted` goes where either model finds a chunk
-likelier than the other does, leaves every chunk a probability, and divides each loss by it: its
-expected gradient is that of `all` (Horvitz and Thompson, 1952). Of the others only `random` is an
-unbiased sample.
+likelier than the other does, leaves every chunk a probability, and divides each loss by it: the sum
+is that of `all` on average (Horvitz and Thompson, 1952); divided by the sum of the drawn weights it
+is a mean with a bias of the order of 1 / chunks. Of the others only `random` is an unbiased sample.
 """
 
 import math

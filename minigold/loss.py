@@ -639,8 +639,8 @@ def look(
         student_NV = _logits(student_SD[one.student.place_N], student_head)
         student_CX, teacher_CX = _laws(student_NV, teacher_TK, teacher_head, one, events)
         losses.append(_compare(student_CX, teacher_CX, events, beta))
-        scaled_CX = student_CX[:, :-1] / student_CX[:, :-1].sum(-1, keepdim=True).clamp(min=RARE)
-        entropies.append(torch.special.entr(scaled_CX).sum(-1))
+        scaled_CK = student_CX[:, :-1] / student_CX[:, :-1].sum(-1, keepdim=True).clamp(min=RARE)
+        entropies.append(torch.special.entr(scaled_CK).sum(-1))
     return torch.cat(losses), torch.cat(entropies)
 
 
