@@ -639,9 +639,13 @@ def look(
         student_NV = _logits(student_SD[one.student.place_N], student_head)
         student_CX, teacher_CX = _laws(student_NV, teacher_TK, teacher_head, one, events)
         losses.append(_compare(student_CX, teacher_CX, events, beta))
-        scaled_CK = student_CX[:, :-1] / student_CX[:, :-1].sum(-1, keepdim=True).clamp(min=RARE)
-        entropies.append(torch.special.entr(scaled_CK).sum(-1))
+        entropies.append(_entropy(student_CX[:, :-1]))
     return torch.cat(losses), torch.cat(entropies)
+
+
+def _entropy(weight_CX: Tensor) -> Tensor:
+    """In nats, of rows scaled to sum to 1."""
+    return torch.special.entr(weight_CX / weight_CX.sum(-1, keepdim=True).clamp(min=RARE)).sum(-1)
 
 
 def _logits(states: Tensor, head: Head | None) -> Tensor:
