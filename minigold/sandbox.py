@@ -9,20 +9,23 @@ What makes a large thing of small ones at one blow is refused before it runs.
 
 from __future__ import annotations
 
-import functools
+import inspect
 import json
 import math
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import Any
 
 __all__ = ["compiled"]
 
-LONGEST = 2**18  # characters of a template; real ones have up to 20,000
+LONGEST = 2**16  # characters of a template; real ones have up to 20,000; 4 s to compile the worst
 LARGEST = 2**22  # size of any value: characters, and 16 for each element
 MADE = 2**28  # size of all values that are made while it is filled
-SECONDS = 5.0
+SECONDS = 5.0  # to compile it and fill it
+BITS = 2**12  # of an integer: division takes the square of them
 COMPARED = 2**30  # characters of one text times those of another
 REFUSED_FILTERS = (  # templates of models do not use them; their work is the product of two sizes
     "batch", "center", "format", "indent", "pprint", "round", "slice", "sum", "urlize", "wordwrap",
@@ -32,7 +35,9 @@ REFUSED_METHODS = (
     "center", "encode", "expandtabs", "format", "format_map", "ljust", "rjust", "to_bytes",
     "translate", "zfill",
 )  # fmt: skip
-WIDEST = 200  # of what tojson puts between values
+CHECKED_FILTERS = ("join", "replace", "tojson", "trim")
+WIDEST = 16  # characters of an indent or separator of tojson
+PATTERN = 200  # characters of a date's pattern
 ENDS = ("strip", "lstrip", "rstrip", "trim", "rfind", "rindex", "rsplit", "rpartition")
 
 
@@ -50,12 +55,14 @@ def compiled(template: str) -> Callable[..., str]:
 
     if len(template) > LONGEST:
         raise ValueError(f"a template of {len(template):,} characters, more than {LONGEST:,}")
+    began = time.monotonic()
     sandbox = type("Sandbox", (_Bounds, jinja2.sandbox.ImmutableSandboxedEnvironment), {})(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_generation_tag(jinja2), jinja2.ext.loopcontrols],
     )
-    filters = {**sandbox.filters, "tojson": _tojson}
+    sandbox.end = began + SECONDS
+    filters = {**sandbox.filters, "tojson": sandbox.tojson}
     sandbox.filters = {
         name: sandbox.bounded(name, run)
         for name, run in filters.items()
@@ -79,10 +86,14 @@ def compiled(template: str) -> Callable[..., str]:
     tree = checks.visit(sandbox.parse(template))
     tree.set_environment(sandbox)
     ready = sandbox.from_string(tree)
+    sandbox.look_at_the_clock()
+    spent = time.monotonic() - began
 
     def fill(**names: Any) -> str:
-        sandbox.end, sandbox.made = time.monotonic() + SECONDS, 0
-        return str(ready.render(**names))
+        sandbox.end, sandbox.made = time.monotonic() + SECONDS - spent, 0
+        text = str(ready.render(**names))
+        sandbox.look_at_the_clock()
+        return text
 
     return fill
 
@@ -90,7 +101,7 @@ def compiled(template: str) -> Callable[..., str]:
 class _Bounds:
     """What stands before a sandbox of jinja2."""
 
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
     end = math.inf  # of the time
     made = 0
 
@@ -103,7 +114,7 @@ class _Bounds:
         _check_size(_size((args, kwargs), LARGEST))
         text = getattr(function, "__self__", None)
         if isinstance(text, str):
-            _check_texts(function.__name__, text, *args)
+            _check_texts(function.__name__, text, *args, *kwargs.values())
         above: Any = super()
         return self.weighed(above.call(context, function, *args, **kwargs))
 
@@ -144,16 +155,41 @@ class _Bounds:
             raise TimeoutError(f"nothing after {SECONDS:.0f} seconds")
 
     def bounded(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that checks what goes in and what comes out."""
+        """A filter that checks what goes in and what comes out.
 
-        @functools.wraps(run)  # with the mark that says what jinja2 puts before the value
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            first = int(hasattr(run, "jinja_pass_arg"))
-            _check_filter(name, args[first], (*args[first + 1 :], *kwargs.values()))
+        It asks for the context, so that jinja2 does not run it while it compiles: what it makes
+        of constants would be written into the code.
+        """
+        import jinja2
+
+        before = getattr(run, "jinja_pass_arg", None)  # what jinja2 would put before the value
+        signature = inspect.signature(run) if name in CHECKED_FILTERS else None
+
+        @jinja2.pass_context
+        def checked(context: Any, *args: Any, **kwargs: Any) -> Any:
+            if before:
+                known = {"context": context, "eval_context": context.eval_ctx, "environment": self}
+                args = (known[before.name], *args)
+            if signature:
+                _check_filter(name, signature.bind(*args, **kwargs).arguments)
             found = run(*args, **kwargs)
             return self.gathered(found) if isinstance(found, Iterator) else self.weighed(found)
 
         return checked
+
+    def tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """As `transformers` does, piece by piece: indents can be far longer than the value."""
+        encoder = json.JSONEncoder(
+            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        return self.concat(encoder.iterencode(value))
 
 
 class _Checks:
@@ -178,6 +214,10 @@ class _Checks:
 
     visit_Tuple = visit_Dict = visit_List
 
+    def visit_Const(self, node: Any) -> Any:
+        _size(node.value, LARGEST)  # an integer in hexadecimal can be huge
+        return node
+
     def _through(self, name: str, node: Any) -> Any:
         return self.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
@@ -186,19 +226,24 @@ class _Checks:
 
 
 def _size(value: Any, limit: int) -> int:
-    """That of a value with all inside it; counting stops above the limit."""
+    """That of a value with all inside it; counting stops above the limit.
+
+    An integer of more than `BITS` is refused.
+    """
     size, left = 0, [value]
     while left and size <= limit:
         one = left.pop()
         if isinstance(one, str | bytes):
             size += len(one)
-        elif isinstance(one, list | tuple | set | frozenset | Mapping):
+        elif isinstance(one, int):
+            if one.bit_length() > BITS:
+                raise ValueError(f"an integer of more than {BITS:,} bits")
+            size += one.bit_length() // 8
+        elif isinstance(one, list | tuple | AbstractSet | Mapping | ValuesView):
             size += 16 * len(one)
             if size <= limit:
                 left.extend(one)
                 left.extend(one.values() if isinstance(one, Mapping) else ())
-        elif isinstance(one, int):
-            size += one.bit_length() // 8
     return size
 
 
@@ -222,20 +267,27 @@ def _check_texts(name: str, text: str, *args: Any) -> None:
         _check_size(len(text) + text.count(old) * len(new))
     if name == "join" and args and hasattr(args[0], "__len__"):
         _check_size(len(text) * len(args[0]))
-    if name in ENDS and args and len(text) * len(str(args[0])) > COMPARED:
+    if name in ENDS and args and len(text) * max(len(str(arg)) for arg in args) > COMPARED:
         raise ValueError(f"{name} of a text of {len(text):,} characters with as long a one")
 
 
-def _check_filter(name: str, value: Any, args: tuple[Any, ...]) -> None:
-    if name == "join" and hasattr(value, "__len__"):
-        _check_texts(name, str(args[0]) if args else "", value)
-    elif name in ("replace", "trim"):
-        _check_texts(name, str(value), *args)
-    elif (
-        name == "tojson"
-        and _size(args, WIDEST) + sum(x for x in args if isinstance(x, int)) > WIDEST
-    ):
-        raise ValueError(f"the filter tojson with an indent or separators above {WIDEST}")
+def _check_filter(name: str, given: Mapping[str, Any]) -> None:
+    """The same of filters, and more than `WIDEST` between values; by the arguments' names."""
+    if name == "join":
+        if given.get("attribute") is not None:
+            raise ValueError("the filter join with an attribute; map(attribute=...) goes before it")
+        if hasattr(given["value"], "__len__"):
+            _check_texts(name, str(given.get("d", "")), given["value"])
+    elif name == "replace":
+        _check_texts(name, str(given["s"]), given["old"], given["new"])
+    elif name == "trim":
+        _check_texts(name, str(given["value"]), given.get("chars", ""))
+    elif name == "tojson":
+        indent = given.get("indent") or 0
+        wide = [indent if isinstance(indent, int) else len(indent)]
+        wide += map(len, given.get("separators") or ())
+        if max(wide) > WIDEST:
+            raise ValueError(f"the filter tojson with an indent or separators above {WIDEST}")
 
 
 # -- what templates of models are given, as in `transformers` --------------------------------------
@@ -264,16 +316,7 @@ def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _strftime_now(pattern: str) -> str:
+    """The time; no pattern that is long, and no width in it, as in `%100000000d`."""
+    if len(pattern) > PATTERN or re.search(r"%[-_+^#]*\d", pattern):
+        raise ValueError(f"a pattern of a date with a width, or above {PATTERN} characters")
     return datetime.now().strftime(pattern)  # noqa: DTZ005 (local time, as `transformers` does)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )

@@ -15,11 +15,14 @@ import signal
 import struct
 import subprocess
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 from safetensors import safe_open
@@ -462,6 +465,21 @@ GREEDY = [
     ("{{ range(99999) | map('string') | map('replace', '1', 'b' * 100000) | join }}", "more than 4|nothing"),
     ("{{ messages | tojson(indent=1000000000) }}", "tojson with an indent"),
     ("{{ messages | tojson(separators=('a' * 1000000, ':')) }}", "tojson with an indent"),
+    ("{{ messages | tojson(-1000000000, 1000000000) }}", "tojson with an indent"),
+    ("{{ messages | tojson(indent=' ' * 1000000) }}", "tojson with an indent"),
+    ("{{ ('a' * 1000000) | replace(new='b' * 1000000, old='a') }}", "more than 4,194,304"),
+    ("{{ ('b' * 1000000) | join(d='a' * 1000000) }}", "more than 4,194,304"),
+    ("{{ range(20000) | list | join(attribute='real', d='b' * 20000) }}", "join with an attribute"),
+    ("{% set ns = namespace(x='a' * 999999) %}{{ ([ns] * 9999) | join(attribute='x') }}", "join with an at"),
+    ("{% set d = {1: 'a' * 99999} %}{{ [d.values()] * 99999 }}", "more than 4,194,304"),
+    ("{{ ('a' * 2000000).rsplit(maxsplit=1, sep='b' * 1000000 ~ 'a') }}", "rsplit of a text"),
+    ("{{ ('a' * 2000000) | trim(chars='b' * 1000000 ~ 'a') }}", "trim of a text"),
+    ("{% set x = ('f' * 400000) | int(base=16) %}{{ ((x * x) // x) is number }}", "more than 4,096 bits"),
+    ("{{ 0x" + "f" * 40000 + " is divisibleby(0x" + "f" * 20000 + ") }}", "more than 4,096 bits"),
+    (SET + "{% for i in range(9999) %}{% set ns.n = ns.n - (0 - ns.n) %}{% endfor %}", "more than 4,096 bits"),
+    ("{{ strftime_now('%100000000d') }}", "a pattern of a date with a width"),
+    ("{{ strftime_now('%E%_5d') }}", "a pattern of a date with a width"),
+    ("{{ strftime_now('%c' * 101) }}", "above 200 characters"),
     ("{{ [1] | batch(1000000000, 'x') | list }}", "No filter named 'batch'"),
     ("{{ [1] | slice(1000000000) | list }}", "No filter named 'slice'"),
     ("{{ 1.5 | round(1000000000, 'ceil') }}", "No filter named 'round'"),
@@ -474,7 +492,7 @@ GREEDY = [
     ("{% set y %}{% for i in range(9999) %}{{ 'a' * 4000000 }}{% endfor %}{% endset %}", "more than 268,4"),
     ("{% set x = 'a' * 4000000 %}{% macro m() %}{% for i in range(9999) %}{{ x }}{% endfor %}{% endmacro %}{{ m() }}",
      "more than 4,194,304"),
-    ("{{ 'a' }}" * 2**15, "a template of 294,912 characters, more than 262,144"),
+    ("{{ 'a' }}" * 2**15, "a template of 294,912 characters, more than 65,536"),
 ]  # fmt: skip
 
 
@@ -486,6 +504,60 @@ def test_templates_that_eat_up_time_or_memory_are_refused(template: str, reason:
         sandbox.SECONDS = 1.0
         with pytest.raises(ValueError, match=rf"the chat template can render, got .*({reason})"):
             render(template, TALK, bos_token="<s>", eos_token="</s>")
+
+
+def test_json_is_refused_before_all_of_it_is_made() -> None:
+    fill, value = sandbox.compiled("{{ x | tojson(indent=16) }}"), list[Any](range(4000))
+    for _ in range(300):
+        value = [value]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"more than 4,194,304"):
+            fill(x=value)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_filters_do_not_run_while_a_template_is_compiled() -> None:
+    tracemalloc.start()
+    try:
+        fill = sandbox.compiled("{{ 'a'" + " | replace('a', 'aaaaaaaaaaaa')" * 6 + " }}")
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+    assert fill() == "a" * 12**6
+
+
+@pytest.mark.parametrize(
+    ("compiling", "comparing", "kept"),
+    [(4, 0.5, True), (4, 2, False), (0, 6, False), (6, 0, False)],
+)
+def test_the_time_to_compile_counts_and_so_does_the_last_step(
+    monkeypatch: pytest.MonkeyPatch, compiling: float, comparing: float, kept: bool
+) -> None:
+    now = [0.0]
+
+    class Slow:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            now[0] += comparing
+            return False
+
+    def slow(self: Any, source: Any) -> Any:
+        now[0] += compiling
+        return from_string(self, source)
+
+    from_string = jinja2.Environment.from_string
+    monkeypatch.setattr(jinja2.Environment, "from_string", slow)
+    monkeypatch.setattr(sandbox, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    template = "done{% if x == 1 %}{% endif %}"
+    if kept:
+        assert sandbox.compiled(template)(x=Slow()) == "done"
+    else:
+        with pytest.raises(TimeoutError, match="nothing after 5 seconds"):
+            sandbox.compiled(template)(x=Slow())
 
 
 def test_bounds_are_far_from_what_templates_of_models_need() -> None:
