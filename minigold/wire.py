@@ -193,7 +193,7 @@ def wire_to(url: str, *, timeout: float, patience: float, connections: int, key:
     """The way to an address `http://host:port`, perhaps with a path.
 
     Raises:
-        ValueError: it is no such address.
+        ValueError: it is no such address, or the key cannot be sent.
     """
     try:
         parts = urlsplit(url)
@@ -202,6 +202,12 @@ def wire_to(url: str, *, timeout: float, patience: float, connections: int, key:
         raise ValueError(
             f"expected an address as http://host:port, got {url!r} ({error})"
         ) from error
+    key = key.strip()  # a file that holds one ends in a new line
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            "expected printable ASCII in MINIGOLD_TEACHER_KEY, got other characters (not shown here); "
+            "copy the key again"
+        )
     more = parts.query or parts.fragment or parts.username or parts.password
     if parts.scheme not in ("http", "https") or not parts.hostname or more:
         raise ValueError(

@@ -1230,6 +1230,20 @@ MUTANTS = (
         "errors.append(error)",
         "tests/test_http_teacher.py",
     ),
+    # a key may have a new line at its end
+    Mutant(
+        "minigold/wire.py",
+        "key = key.strip()",
+        "key = key",
+        "tests/test_http_teacher.py",
+    ),
+    # a key that cannot be sent is tried, and shown
+    Mutant(
+        "minigold/wire.py",
+        "if not (key.isascii() and key.isprintable()):",
+        "if not key.isprintable():",
+        "tests/test_http_teacher.py",
+    ),
     # a completion's end of turn is taken from the next one
     Mutant(
         "minigold/score.py",

@@ -635,6 +635,25 @@ def test_a_key_is_sent_if_there_is_one(
         monkeypatch.setenv("MINIGOLD_TEACHER_KEY", "secret")
         teacher = open_server(server.url, folder, **FAST)
         assert "secret" not in repr(teacher)
+        monkeypatch.setenv("MINIGOLD_TEACHER_KEY", " secret\r\n")  # as from a mounted file
+        assert open_server(server.url, folder, **FAST).wire.key == "secret"
+
+
+@pytest.mark.parametrize(
+    "key", ["secret\nX-More: 1", "secret\x7f", "sécret", "secret€", "secret\udcff"]
+)
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
+    work: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("MINIGOLD_TEACHER_KEY", key)
+    code, out, err = train(
+        work, "http://127.0.0.1:9", "none", "--teacher-tokenizer", str(work / "teacher")
+    )
+    assert (code, out) == (2, "")
+    assert err == (
+        "minigold: expected printable ASCII in MINIGOLD_TEACHER_KEY, got other characters (not shown "
+        "here); copy the key again\n"
+    )
 
 
 @pytest.mark.parametrize(
