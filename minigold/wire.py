@@ -12,9 +12,10 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from socket import SHUT_RDWR, socket
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -44,7 +45,7 @@ class Wire:
 
     Args:
         prefix: of all paths, without a slash at its end.
-        timeout: seconds for one exchange.
+        timeout: seconds for one exchange, its last byte included.
         patience: seconds for which what passes is tried again.
         connections: requests at a time.
         key: sent as a bearer token, if there is one.
@@ -151,18 +152,24 @@ class Wire:
 
         kind = HTTPSConnection if self.scheme == "https" else HTTPConnection
         until = time.monotonic() + self.timeout
-        connection = kind(self.host, self.port, timeout=self.timeout)
+        # the port in any case: without one, it is looked for in the host, as of [::1]
+        connection = kind(self.host, self.port or kind.default_port, timeout=self.timeout)
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
+        method = "GET" if body is None else "POST"
         try:
-            connection.request("GET" if body is None else "POST", self.prefix + path, data, headers)
-            with closing(connection.getresponse()) as response:
-                raw = _body(response, most, until)
-        except TimeoutError as error:
-            raise _PassingError(f"no whole answer within {self.timeout:g} s") from error
+            connection.connect()
+            with _cut_at(until, connection.sock):
+                connection.request(method, self.prefix + path, data, headers)
+                with closing(connection.getresponse()) as response:
+                    raw = _body(response, most)
+            if time.monotonic() >= until:  # an answer that is cut may look whole
+                raise TimeoutError
         except (OSError, HTTPException) as error:
+            if isinstance(error, TimeoutError) or time.monotonic() >= until:
+                raise _PassingError(f"no whole answer within {self.timeout:g} s") from error
             raise _PassingError(f"{type(error).__name__} ({error})") from error
         finally:
             connection.close()
@@ -226,7 +233,24 @@ def wire_to(url: str, *, timeout: float, patience: float, connections: int, key:
     )
 
 
-def _body(response: HTTPResponse, most: int, until: float) -> bytes:
+@contextmanager
+def _cut_at(until: float, used: socket) -> Iterator[None]:
+    """Ends all reading at that time: a socket's own time-out begins again with each byte."""
+
+    def cut() -> None:
+        with suppress(OSError):  # it is closed
+            socket.shutdown(used, SHUT_RDWR)  # of what is below TLS, which another thread is using
+
+    timer = threading.Timer(until - time.monotonic(), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _body(response: HTTPResponse, most: int) -> bytes:
     """The answer, or a little more than `most` bytes of it."""
     from http.client import IncompleteRead
 
@@ -237,8 +261,6 @@ def _body(response: HTTPResponse, most: int, until: float) -> bytes:
             break
         parts.append(part)
         size += len(part)
-        if time.monotonic() > until:
-            raise TimeoutError
     if size <= most and response.length:  # of those that were promised
         raise IncompleteRead(b"".join(parts), response.length)
     return b"".join(parts)

@@ -1244,6 +1244,20 @@ MUTANTS = (
         "if not key.isprintable():",
         "tests/test_http_teacher.py",
     ),
+    # a server that sends a byte now and then is read for ever
+    Mutant(
+        "minigold/wire.py",
+        "            socket.shutdown(used, SHUT_RDWR)",
+        "            pass",
+        "tests/test_http_teacher.py",
+    ),
+    # an answer that the time-out cut is taken for whole
+    Mutant(
+        "minigold/wire.py",
+        "if time.monotonic() >= until:  # an answer",
+        "if False:  # an answer",
+        "tests/test_http_teacher.py",
+    ),
     # a completion's end of turn is taken from the next one
     Mutant(
         "minigold/score.py",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A teacher behind a real HTTP server: equal to one in process, and never wrong in silence."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -8,6 +9,7 @@ import logging
 import math
 import re
 import runpy
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -417,6 +419,59 @@ def test_a_slow_answer_is_given_up_and_asked_for_again(model: LanguageModel, fol
         begun = time.monotonic()
         assert len(teacher.tell(READINGS, micro_batch=1)) == len(READINGS)
         assert 1.0 < time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize(
+    ("first", "drop"),
+    [
+        (b"", b"x"),
+        (b"HTTP/1.1 200 OK\r\n", b"X-More: 1\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\n\r\n{}", b" "),  # whole JSON, wherever it is cut
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    ],
+    ids=["status", "headers", "continue", "body", "body without length", "chunks"],
+)
+def test_a_server_that_drips_is_given_up_in_time(first: bytes, drop: bytes) -> None:
+    """Each byte comes in time, the answer never does."""
+    ended = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        with listener.accept()[0] as client, contextlib.suppress(OSError):
+            client.sendall(first)
+            while not ended.wait(0.05):
+                client.sendall(drop)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        # were it not given up, it would end by itself
+        last = threading.Timer(6, ended.set)
+        last.start()
+        port, begun = listener.getsockname()[1], time.monotonic()
+        one = wire_to(f"http://127.0.0.1:{port}", timeout=0.5, patience=0, connections=1)
+        with pytest.raises(ServerError, match=r"/x, got no whole answer within 0\.5 s; start"):
+            one.ask("/x", most=10**6)
+        assert time.monotonic() - begun < 5
+        last.cancel()
+        ended.set()
+        thread.join()
+
+
+def test_an_address_without_a_port_has_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of `[::1]` is not 1."""
+    asked: list[Any] = []
+
+    def refuse(address: Any, *_: Any, **__: Any) -> None:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    for url in ("http://[::1]", "https://[::1]", "http://host", "http://host:81"):
+        with pytest.raises(ServerError, match="ConnectionRefusedError"):
+            wire_to(url, timeout=1, patience=0, connections=1).ask("/x", most=10)
+    assert asked == [("::1", 80), ("::1", 443), ("host", 80), ("host", 81)]
 
 
 @pytest.mark.parametrize("dead", [True, False])
