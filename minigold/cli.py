@@ -49,6 +49,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
+class _BothSides(argparse.Action):
+    """`--plain-prompt` or its opposite: the words for both sides, in its place among all words."""
+
+    def __call__(self, _parser: Any, namespace: Any, *_: Any) -> None:
+        for name in (self.dest, "student_plain", "teacher_plain"):
+            setattr(namespace, name, self.const)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0 if it worked, 2 for a mistake in what was asked, told in one line."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -128,7 +136,7 @@ def _train_options(commands: Any) -> None:
     train.add_argument("--dry-run", action="store_true", help=(
         "check all that is given, say what a step would need (parameters, memory, operations and "
         "time), and stop: no weight is read, nothing is written (default False)"))  # fmt: skip
-    train.add_argument("--plain-prompt", action="store_true",
+    train.add_argument("--plain-prompt", action=_BothSides, nargs=0, const=True, default=False,
                        help="both sides without a template (default False)")  # fmt: skip
     train.add_argument("--log-to", metavar="LIST", help=(
         f"{', '.join(LOGS)}, or several with commas: curves of every number there, beside "
@@ -142,8 +150,11 @@ def _train_options(commands: Any) -> None:
         text = f"{f.metadata['help']} (default {f.default})".replace("%", "%%")
         train.add_argument(option_name(f.name), default=f.default, help=text, **kind)
     for name in (name for name, kind in KINDS.items() if kind is bool):
-        train.add_argument(f"--no-{option_name(name)[2:]}", dest=name, action="store_false",
-                           default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
+        kind = {"action": "store_false"}
+        if name == "plain_prompt":
+            kind = {"action": _BothSides, "nargs": 0, "const": False}
+        train.add_argument(f"--no-{option_name(name)[2:]}", dest=name,
+                           default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kind)  # fmt: skip
     train.set_defaults(run=_train)
 
 
@@ -162,10 +173,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    values = {f.name: getattr(args, f.name) for f in fields(Config)}
-    if args.plain_prompt:
-        values |= {"student_plain": True, "teacher_plain": True}
-    config = Config(**values)
+    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
     device = find_device(args.device)
     prompts = read_prompts(args.prompts)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []

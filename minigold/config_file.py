@@ -2,7 +2,8 @@
 """A TOML file in, words of a command line out: `minigold train --config run.toml`.
 
 A key is an option of `train` without the dashes in front, with dashes or underscores inside; a switch is
-true or false. The words of the file stand before those of the command line, which has the last say.
+true or false. The words of the file stand before those of the command line, which has the last say; that
+of both sides stands before those of one.
 """
 
 from __future__ import annotations
@@ -88,15 +89,13 @@ def words_of(path: Path) -> list[str]:
                 f"{type(value).__name__}"
             )
         words[name] = _word(name, value, path.parent)
-    return [word for word in words.values() if word]
+    return [words[name] for name in sorted(words, key=lambda name: name != "plain_prompt")]
 
 
 def _word(name: str, value: Any, folder: Path) -> str:
     option = option_name(name)
-    if value is False:
-        return ""
-    if value is True:
-        return option
+    if isinstance(value, bool):
+        return option if value else option.replace("--", "--no-", 1)
     if name in (*FILES, *MODELS):
         home = value.startswith("~/")
         place = ((Path.home() / value[2:]) if home else folder / value).resolve()

@@ -1344,6 +1344,13 @@ MUTANTS = (
         'return ["train", *rest, *(word for path in known.config for word in words_of(path))]',
         "tests/test_config_file.py",
     ),
+    # a file's word for both sides comes after those of one
+    Mutant(
+        "minigold/config_file.py",
+        'key=lambda name: name != "plain_prompt"',
+        'key=lambda name: name == "plain_prompt"',
+        "tests/test_config_file.py",
+    ),
     # true is a whole number
     Mutant(
         "minigold/config_file.py",

@@ -48,6 +48,7 @@ def toml(values: dict[str, Any]) -> str:
 
 
 PARSER = cli._parser()
+SIDES = ("student_plain", "teacher_plain")
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
@@ -65,6 +66,8 @@ def test_a_file_says_what_the_words_would(
     path = folder / "run.toml"
     keys = {name: name.replace("_", "-") if dashes else name for name in values}
     path.write_text(toml({keys[name]: value for name, value in values.items()}), "utf-8")
+    if "plain_prompt" in values:  # stands for both sides, where they are not named themselves
+        values = dict.fromkeys(SIDES, values["plain_prompt"]) | values
     found, without = parsed(words_of(path)), parsed([])
     assert found.keys() == without.keys() == KINDS.keys()
     for name, value in found.items():
@@ -104,6 +107,44 @@ def test_the_command_line_wins(tmp_path: Path, place: int) -> None:
     assert written_out(["train", *line, f"--config={path}"]) == written_out(
         ["train", "--config", str(path), *line]
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "student", "teacher"),
+    [
+        ("plain_prompt = true", "", True, True),
+        ("plain_prompt = true", "--no-teacher-plain", True, False),
+        ("plain_prompt = true", "--no-student-plain", False, True),
+        ("plain_prompt = true", "--no-plain-prompt", False, False),
+        ("plain_prompt = true", "--no-plain-prompt --student-plain", True, False),
+        ("plain_prompt = true\nteacher_plain = false", "", True, False),
+        ("teacher_plain = false\nplain_prompt = true", "", True, False),
+        ("teacher_plain = true\nplain_prompt = false", "", False, True),
+        ("teacher_plain = false", "--plain-prompt", True, True),
+        ("teacher_plain = true", "--no-plain-prompt", False, False),
+        ("", "--plain-prompt --no-student-plain", False, True),
+        ("", "--no-student-plain --plain-prompt", True, True),
+        ("", "--student-plain", True, False),
+    ],
+)
+def test_the_later_word_on_a_side_wins(
+    tmp_path: Path, content: str, line: str, student: bool, teacher: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Over that for both sides; those of a file are earlier, and have no order among them."""
+    found: list[Config] = []
+
+    def made(**values: Any) -> None:
+        found.append(Config(**values))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "Config", made)
+    monkeypatch.setattr(cli, "fields", lambda _: fields(Config))
+    path = tmp_path / "run.toml"
+    path.write_text(content, "utf-8")
+    words = ["--teacher", "t", "--student", "s", "--prompts", "p", "--out", "o"]
+    assert cli.main(["train", *words, "--config", str(path), *line.split()]) == 2
+    assert [(one.student_plain, one.teacher_plain) for one in found] == [(student, teacher)]
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
