@@ -18,13 +18,12 @@ import minigold
 from minigold import cli_align, cli_models
 from minigold.checkpoint import check_out, read_evals
 from minigold.cli_models import find_device, find_dtype
-from minigold.cli_teacher import open_teacher, teacher_options
+from minigold.cli_teacher import check_options, open_teacher, teacher_options
 from minigold.config import BEST_BY, Config, option_name
 from minigold.config_file import KINDS, written_out
 from minigold.data import read_prompts
 from minigold.dry_run import estimate, told
 from minigold.evaluate import best_of
-from minigold.http_teacher import is_address
 from minigold.load import load
 from minigold.log_to import LOGS, check_logs, log_to
 from minigold.progress import SHOWN, check_bar, progress_bar
@@ -182,7 +181,7 @@ def _train(args: argparse.Namespace) -> None:
     logs = () if args.log_to is None else check_logs(args.log_to)
     shown = _progress(args.progress, config)
     if args.dry_run:
-        if is_address(args.teacher) or args.teacher.endswith(".safetensors"):
+        if any(check_options(args)):
             raise ValueError(
                 f"expected a folder or hub name as --teacher with --dry-run, got {args.teacher!r}: "
                 "what it needs is not known here; give the model's own folder for the figures"

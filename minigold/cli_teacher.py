@@ -19,7 +19,7 @@ from minigold.load import LanguageModel, load
 from minigold.score import open_scores, score_file
 from minigold.tiers import Teacher, Teller, described, limited
 
-__all__ = ["open_teacher", "score_completions", "score_options", "teacher_options"]
+__all__ = ["check_options", "open_teacher", "score_completions", "score_options", "teacher_options"]
 
 log = logging.getLogger("minigold")
 TOKENIZER, TOP_K = "teacher-tokenizer", "teacher-top-k"
@@ -83,6 +83,24 @@ def score_completions(args: argparse.Namespace, device: torch.device, dtype: tor
     print(json.dumps({**found, "tier": teacher.tier, "top_k": teacher.top_k}))
 
 
+def check_options(args: argparse.Namespace, *, lists: bool = False) -> tuple[bool, bool]:
+    """Whether the teacher is a server, and whether it is scores; `lists` as in `open_teacher`.
+
+    Raises:
+        ValueError: options that this teacher does not take.
+    """
+    served, scored = is_address(args.teacher), args.teacher.endswith(".safetensors")
+    takes = {TOP_K} if lists else set()
+    takes = set(OPTIONS) if served else {TOKENIZER} if scored else takes
+    for name, (_, default, _) in OPTIONS.items():
+        if name not in takes and getattr(args, name.replace("-", "_")) != default:
+            raise ValueError(
+                f"expected --{name} with a server as --teacher (http://host:port), got "
+                f"{args.teacher!r}; leave it out"
+            )
+    return served, scored
+
+
 def open_teacher(
     args: argparse.Namespace,
     *,
@@ -101,15 +119,7 @@ def open_teacher(
         ValueError: options that this teacher does not take, or a server without a tokenizer.
     """
     given = {name: getattr(args, name.replace("-", "_")) for name in OPTIONS}
-    served, scored = is_address(args.teacher), args.teacher.endswith(".safetensors")
-    takes = {TOP_K} if lists else set()
-    takes = set(OPTIONS) if served else {TOKENIZER} if scored else takes
-    for name, value in given.items():
-        if name not in takes and value != OPTIONS[name][1]:
-            raise ValueError(
-                f"expected --{name} with a server as --teacher (http://host:port), got "
-                f"{args.teacher!r}; leave it out"
-            )
+    served, scored = check_options(args, lists=lists)
     if not (served or scored):
         model = load(find(args.teacher), device=device, dtype=dtype)
         return _listing(model, given[TOP_K]) if lists else model

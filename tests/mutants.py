@@ -867,6 +867,13 @@ MUTANTS = (
         "run.evals = read_evals(run.out)",
         "tests/test_resume.py",
     ),
+    # a dry run takes options of a server with a folder
+    Mutant(
+        "minigold/cli.py",
+        "if any(check_options(args)):",
+        "if False:",
+        "tests/test_http_teacher.py",
+    ),
     # the dry run reads the weights
     Mutant("minigold/weights.py", "if shapes_only:\n", "if False:\n", "tests/test_cli.py"),
     # a run may be asked for below a file

@@ -846,8 +846,12 @@ def test_options_of_a_server_are_refused_without_one(work: Path) -> None:
     code, _, err = train(work, "http://127.0.0.1:9", "none")
     assert (code, err.count("\n")) == (2, 1)
     assert "expected --teacher-tokenizer with http://127.0.0.1:9, got none" in err
-    code, _, err = train(work, str(work / "teacher"), "none", "--teacher-top-k", "3")
-    assert (code, "expected --teacher-top-k with a server as --teacher" in err) == (2, True)
+    for dry in ((), ("--dry-run",)):
+        for option, value in (("top-k", "5"), ("timeout", "3"), ("tokenizer", "x")):
+            more = f"--teacher-{option}", value, *dry
+            code, out, err = train(work, str(work / "teacher"), "none", *more)
+            assert (code, out) == (2, "")
+            assert f"expected --teacher-{option} with a server as --teacher" in err
     code, _, err = train(work, "http://127.0.0.1:9", "none", "--dry-run")
     assert (code, "expected a folder or hub name as --teacher with --dry-run" in err) == (2, True)
     code, _, err = train(
