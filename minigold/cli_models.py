@@ -173,7 +173,15 @@ def _asked(args: argparse.Namespace) -> list[Prompt]:
         raise ValueError("expected one of PROMPT and --prompts, got both; leave one out")
     if args.prompts is not None:
         return read_prompts(args.prompts)
-    return [Prompt(args.prompt if args.prompt is not None else _standard_input())]
+    if args.prompt is None:
+        return [Prompt(_standard_input())]
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:  # Python keeps other bytes as lone surrogates
+        raise ValueError(
+            f"expected UTF-8 in PROMPT, got something else at character {error.start}; write it in UTF-8"
+        ) from error
+    return [Prompt(args.prompt)]
 
 
 def _standard_input() -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -85,6 +85,8 @@ class Config:
             fits = isinstance(value, (float, int) if kind is float else kind)
             fits = fits and isinstance(value, bool) == (kind is bool)
             self._require(f.name, fits, f"of type {kind.__name__}")
+            most = 10**18 if f.name == "seed" else 10**9  # what is counted with takes no more
+            self._require(f.name, kind is not int or value <= most, f"at most {most:,}")
         counts = ("steps", "batch_size", "rollouts", "micro_batch", "max_new_tokens", "log_every")
         for name in (*counts, "keep", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -100,7 +102,8 @@ class Config:
             self._require(name, getattr(self, name) > 0, "above 0")
         for f in fields(self):
             if isinstance(f.default, float):
-                self._require(f.name, math.isfinite(getattr(self, f.name)), "finite")
+                finite = abs(getattr(self, f.name)) <= sys.float_info.max  # of any int, too
+                self._require(f.name, finite, "finite")
         masks = tuple(mask for mask in WHERE if mask != "random")
         for name, values in (
             ("events", (*EVENTS, CHUNK)),

@@ -69,7 +69,7 @@ def words_of(path: Path) -> list[str]:
         )
     try:
         read = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected TOML in {path}, got an error: {error}; correct it") from error
     words: dict[str, str] = {}
     for key, value in read.items():

@@ -35,6 +35,7 @@ SLACK = 1e-3  # by which rounding lifts a log-probability over 0, or a sum of pr
 STAND_IN = -9000.0  # below it stands what JSON cannot say: vLLM writes -9999 for -inf
 DRIFT = 0.2  # nats a token, on the probe: more is another model, less is rounding
 ENTRY = 1024  # bytes of one token in an answer, at most
+LONGEST = 10**6  # seconds of a time-out: a socket's ends after 2**31 ms
 INFO = 2**22  # bytes of an answer that is no list of tokens
 
 Place = dict[int, float]  # log-probabilities by id
@@ -171,6 +172,8 @@ def open_server(
     ):  # fmt: skip
         if not least <= value < math.inf:
             raise ValueError(f"expected {name} at least {least}, got {value}")
+    if timeout > LONGEST:
+        raise ValueError(f"expected --teacher-timeout at most {LONGEST:,}, got {timeout}")
     wire, kind = _wire_and_kind(url, timeout, patience, connections)
     if not kind:
         kind = _kind_of(wire)

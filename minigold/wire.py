@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -205,10 +206,16 @@ def wire_to(url: str, *, timeout: float, patience: float, connections: int, key:
     try:
         parts = urlsplit(url)
         port = parts.port
+        sent = (parts.hostname or "").encode("idna").decode() + parts.path
     except ValueError as error:
         raise ValueError(
             f"expected an address as http://host:port, got {url!r} ({error})"
         ) from error
+    if re.search(r"[^!-~]", sent):
+        raise ValueError(
+            f"expected an address as http://host:port without spaces, its path in ASCII, got {url!r}; "
+            "write %20 for a space in the path"
+        )
     key = key.strip()  # a file that holds one ends in a new line
     if not (key.isascii() and key.isprintable()):
         raise ValueError(

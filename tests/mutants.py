@@ -1265,6 +1265,20 @@ MUTANTS = (
         "if False:  # an answer",
         "tests/test_http_teacher.py",
     ),
+    # an address with a space in it is asked
+    Mutant(
+        "minigold/wire.py",
+        'if re.search(r"[^!-~]", sent):',
+        "if False:",
+        "tests/test_http_teacher.py",
+    ),
+    # a time-out may be longer than sockets take
+    Mutant(
+        "minigold/http_teacher.py",
+        "LONGEST = 10**6",
+        "LONGEST = 10**10",
+        "tests/test_http_teacher.py",
+    ),
     # a completion's end of turn is taken from the next one
     Mutant(
         "minigold/score.py",
@@ -1349,6 +1363,13 @@ MUTANTS = (
         "minigold/config_file.py",
         'return ["train", *(word for path in known.config for word in words_of(path)), *rest]',
         'return ["train", *rest, *(word for path in known.config for word in words_of(path))]',
+        "tests/test_config_file.py",
+    ),
+    # a file with too many brackets is a bug of this library
+    Mutant(
+        "minigold/config_file.py",
+        "except (ValueError, RecursionError) as error:",
+        "except ValueError as error:",
         "tests/test_config_file.py",
     ),
     # a file's word for both sides comes after those of one

@@ -194,11 +194,13 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         ("batch_size = 3\nbatch-size = 4", "expected batch_size once in run.toml, got it with dashes too"),
         ("steps = 3\nsteps = 4", "expected TOML in run.toml, got an error: Cannot overwrite a value"),
         ("steps = ", "expected TOML in run.toml, got an error: Invalid value"),
+        ("steps = " + "[" * 10**5, "expected TOML in run.toml, got an error: .*recursion"),
         ("\ud800", "expected TOML in run.toml, got an error: 'utf-8' codec"),
         ("steps = 0", "expected --steps at least 1, got 0"),
         ("lr = nan", "expected --lr above 0, got nan"),
         ("dtype = 'float16'", "argument --dtype: invalid choice: 'float16'"),
     ],
+    ids=lambda value: value[:30],
 )  # fmt: skip
 def test_a_file_that_is_not_right_is_told_in_one_line(
     tmp_path: Path, content: str, message: str, monkeypatch: pytest.MonkeyPatch,

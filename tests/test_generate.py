@@ -425,6 +425,8 @@ BAD: list[tuple[list[str], str]] = [
      r"at most 10 tokens \(the context of 200 less --max-new-tokens\), got \d+; shorten the prompt or lo"),
     (["chat", "--prompts", "texts.jsonl", "--max-new-tokens", "200"],
      "prompt of line [1246]: expected at most 0 tokens"),
+    (["chat", "caf\udce9"], "expected UTF-8 in PROMPT, got something else at character 3; write it"),
+    (["chat", "x", "--top-k", "1" + "0" * 400], "expected --top-k at most 1,000,000,000, got 1000"),
     (["chat", "hello " * 200],
      r"expected at most 199 tokens \(the context of 200 less one\), got \d+; shorten the prompt$"),
     (["chat", "--prompts", "absent.jsonl"], "expected a file of JSON lines, found no absent.jsonl"),

@@ -24,7 +24,7 @@ import torch
 from minigold import wire
 from minigold.carry import Reading
 from minigold.events import CHUNK
-from minigold.http_teacher import is_address, open_server
+from minigold.http_teacher import LONGEST, is_address, open_server
 from minigold.load import LanguageModel, load
 from minigold.pair import make_pair
 from minigold.rollout import collect, sample_answers
@@ -617,6 +617,7 @@ def edit_models(**changes: Any) -> Callable[..., Any]:
         (None, {"top_k": -1}, "--teacher-top-k at least 0, got -1"),
         (None, {"connections": 0}, "--teacher-connections at least 1, got 0"),
         (None, {"timeout": 0.0}, r"--teacher-timeout at least 1, got 0\.0"),
+        (None, {"timeout": 1e10}, r"--teacher-timeout at most 1,000,000, got 10000000000\.0"),
         (None, {"patience": math.nan}, "--teacher-patience at least 0, got nan"),
         (whole(lambda _: {"choices": [{"text": "x"}]}), {}, "KeyError 'prompt_logprobs' .* cannot be a t"),
         (one_place(lambda p, i: put(p, i, 1.5) if len(p) > 1 else None), {}, r"of 1\.5"),
@@ -713,7 +714,9 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
 
 @pytest.mark.parametrize(
     "url",
-    ["http://", "http://host:port", "http://host:99999", "http://u:p@host", "http://host/?model=x", "ftp://host"],
+    ["http://", "http://host:port", "http://host:99999", "http://u:p@host", "http://host/?model=x", "ftp://host",
+     "http://h ost", "http://a..b:80", f"http://{'a' * 64}", "http://h\x7fost", "http://h\udcffost",
+     "http://host/a b", "http://host/é"],
 )  # fmt: skip
 def test_addresses_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="expected an address as http://host:port"):
@@ -725,6 +728,11 @@ def test_addresses() -> None:
         assert wire_to(url + "/", timeout=1, patience=1, connections=1).url == url
         assert is_address(url)
     assert not is_address("owner/http")
+    assert wire_to("http://bücher.example/%C3%A9", timeout=1, patience=1, connections=1).host
+    # the longest time-out is one that sockets take
+    one = wire_to("http://127.0.0.1:9", timeout=LONGEST, patience=0, connections=1)
+    with pytest.raises(ServerError, match="ConnectionRefusedError"):
+        one.ask("/x", most=10)
     assert wire_to("https://host", timeout=1, patience=1, connections=1).scheme == "https"
 
 
