@@ -117,7 +117,9 @@ class Teller(Speaker):
                 raise ValueError(
                     f"expected at most {self.context} tokens for the teacher {self.name}, its "
                     f"context, got {size} (the prompt, the answer in its tokens, and their end); "
-                    "lower --max-new-tokens or shorten the prompts"
+                    "lower --max-new-tokens, shorten the prompts, or serve it with a longer context; "
+                    "a run that has begun goes on with --resume only with the longer context, else "
+                    "begin a new one (--out) from its last checkpoint (that folder as --student)"
                 )
 
 

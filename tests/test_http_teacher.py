@@ -850,6 +850,42 @@ def test_a_run_over_http_goes_on_at_another_port(work: Path, model: LanguageMode
         assert (code, "teacher_top_k (20 then, 3 now)" in err) == (2, True)
 
 
+def test_what_an_answer_that_is_too_long_asks_for_is_possible(
+    work: Path, model: LanguageModel
+) -> None:
+    more = "--teacher-tokenizer", str(work / "teacher"), "--save-every", "1"
+    checkpoint = work / "long" / "checkpoints" / "step-1"
+
+    def leave(path: str, body: Any, answer: Any) -> Any:
+        if checkpoint.exists():
+            raise Fault(400, b"gone")
+        return answer
+
+    with serving(model) as server:
+        server.edits = [leave]
+        assert train(work, server.url, "long", *more)[0] == 2
+        server.edits = [edit_models(max_model_len=12)]
+        code, _, err = train(work, server.url, "long", *more, "--resume")
+        told = err.splitlines()[-1]
+        assert (code, "at most 11 tokens for the teacher tiny, its context, got" in told) == (
+            2,
+            True,
+        )
+        assert (
+            "goes on with --resume only with the longer context, else begin a new one (--out)"
+            in told
+        )
+        assert "from its last checkpoint (that folder as --student)" in told
+        server.edits = []
+        less = "--max-new-tokens", "3"
+        code, _, err = train(work, server.url, "long", *more, *less, "--resume")
+        assert (code, "--max-new-tokens (6 then, 3 now)" in err) == (2, True)
+        code, _, err = train(work, server.url, "new", *more, *less, "--student", str(checkpoint))
+        assert code == 0, err
+        code, out, err = train(work, server.url, "long", *more, "--resume")
+        assert (code, json.loads(out.splitlines()[-1])["step"]) == (0, 2), err
+
+
 def test_options_of_a_server_are_refused_without_one(work: Path) -> None:
     code, _, err = train(work, "http://127.0.0.1:9", "none")
     assert (code, err.count("\n")) == (2, 1)
