@@ -1441,56 +1441,56 @@ MUTANTS = (
         "minigold/sandbox.py",
         "return self.concat(encoder.iterencode(value))",
         'return "".join(encoder.iterencode(value))',
-        "tests/test_hostile.py -k json_is_refused",
+        "tests/test_hostile.py",
     ),
     # integers have any length
     Mutant(
         "minigold/sandbox.py",
         "if one.bit_length() > BITS:",
         "if False:",
-        "tests/test_hostile.py -k templates",
+        "tests/test_hostile.py",
     ),
     # a difference is not weighed
     Mutant(
         "minigold/sandbox.py",
         '"+", "-", "*"',
         '"+", "*"',
-        "tests/test_hostile.py -k templates",
+        "tests/test_hostile.py",
     ),
     # a view of values weighs nothing
     Mutant(
         "minigold/sandbox.py",
         "| Mapping | ValuesView):",
         "| Mapping):",
-        "tests/test_hostile.py -k templates",
+        "tests/test_hostile.py",
     ),
     # a date has any width
     Mutant(
         "minigold/sandbox.py",
         'if len(pattern) > PATTERN or re.search(r"%[-_+^#]*\\d", pattern):',
         "if len(pattern) > PATTERN:",
-        "tests/test_hostile.py -k templates",
+        "tests/test_hostile.py",
     ),
     # only the first argument of a method is looked at
     Mutant(
         "minigold/sandbox.py",
         "max(len(str(arg)) for arg in args)",
         "len(str(args[0]))",
-        "tests/test_hostile.py -k templates",
+        "tests/test_hostile.py",
     ),
     # compiling costs no time
     Mutant(
         "minigold/sandbox.py",
         "time.monotonic() + SECONDS - spent, 0",
         "time.monotonic() + SECONDS, 0",
-        "tests/test_hostile.py -k time_to_compile",
+        "tests/test_hostile.py",
     ),
     # nobody looks at the clock after the last step
     Mutant(
         "minigold/sandbox.py",
         "sandbox.look_at_the_clock()\n        return text",
         "return text",
-        "tests/test_hostile.py -k time_to_compile",
+        "tests/test_hostile.py",
     ),
     # small pieces may add up
     Mutant(

@@ -506,7 +506,8 @@ def test_templates_that_eat_up_time_or_memory_are_refused(template: str, reason:
             render(template, TALK, bos_token="<s>", eos_token="</s>")
 
 
-def test_json_is_refused_before_all_of_it_is_made() -> None:
+def test_json_is_refused_before_all_of_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 100.0)  # tracing is slow
     fill, value = sandbox.compiled("{{ x | tojson(indent=16) }}"), list[Any](range(4000))
     for _ in range(300):
         value = [value]
