@@ -39,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from train_demo_models import drawn, fine_tune
 
 
-def shuffled(student: Vocabulary, other: Vocabulary, *, kind: str) -> Events:
+def shuffled(student: Vocabulary, other: Vocabulary, **settings: Any) -> Events:
     """The events of both vocabularies, the teacher's renamed at random."""
-    events = match(student, other, kind=kind)
+    events = match(student, other, **settings)
     side, n = events.teacher, events.n_events
     order = torch.cat(
         [torch.randperm(n, generator=torch.Generator().manual_seed(0)), torch.tensor([n])]

@@ -56,7 +56,11 @@ def compiled(template: str) -> Callable[..., str]:
     if len(template) > LONGEST:
         raise ValueError(f"a template of {len(template):,} characters, more than {LONGEST:,}")
     began = time.monotonic()
-    sandbox = type("Sandbox", (_Bounds, jinja2.sandbox.ImmutableSandboxedEnvironment), {})(
+    sandbox = type(
+        "Sandbox",
+        (_Bounds, jinja2.sandbox.ImmutableSandboxedEnvironment),
+        {"in_context": staticmethod(jinja2.pass_context)},
+    )(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_generation_tag(jinja2), jinja2.ext.loopcontrols],
@@ -102,6 +106,7 @@ class _Bounds:
     """What stands before a sandbox of jinja2."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
+    in_context: Callable[..., Any]  # the mark of a filter that is given the context
     end = math.inf  # of the time
     made = 0
 
@@ -160,12 +165,10 @@ class _Bounds:
         It asks for the context, so that jinja2 does not run it while it compiles: what it makes
         of constants would be written into the code.
         """
-        import jinja2
-
         before = getattr(run, "jinja_pass_arg", None)  # what jinja2 would put before the value
         signature = inspect.signature(run) if name in CHECKED_FILTERS else None
 
-        @jinja2.pass_context
+        @self.in_context
         def checked(context: Any, *args: Any, **kwargs: Any) -> Any:
             if before:
                 known = {"context": context, "eval_context": context.eval_ctx, "environment": self}

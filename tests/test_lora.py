@@ -297,7 +297,10 @@ def test_work_saved_counts_what_frozen_weights_cost() -> None:
     got = train_pass(pair, rollouts, chosen, LORA).work_saved
     decoder = pair.student.decoder
     head = decoder.head.weight_VD.numel()
-    frozen = sum(p.numel() for n, p in decoder.named_parameters() if ".lora_" not in n) - head
+    frozen = sum(
+        p.numel() for n, p in decoder.named_parameters()
+        if not any(part in n for part in (".lora_", "embed_tokens", "lm_head"))
+    )  # fmt: skip
     body = 2 * frozen + 3 * sum(p.numel() for n, p in decoder.named_parameters() if ".lora_" in n)
     costs = [
         body * mg.masked.n_inputs(r, m) + 2 * head * int(mg.batch.head_rows(r)[m].sum())

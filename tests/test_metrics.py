@@ -273,7 +273,7 @@ def test_samples_keep_what_the_teacher_was_told_and_the_right_answer() -> None:
 # --------------------------------------------------------------------------------- audit
 def side(shared: int, ids: int, repeated: int = 0) -> SimpleNamespace:
     spelling = [b""] + [b"%d" % max(i, repeated) for i in range(ids - 1)]
-    return SimpleNamespace(shared_V=torch.arange(ids) < shared, spelling=spelling)
+    return SimpleNamespace(identity=False, shared_V=torch.arange(ids) < shared, spelling=spelling)
 
 
 EVENTS = SimpleNamespace(

@@ -228,9 +228,9 @@ def two_sided(rollout: Rollout, _mask: str) -> Tensor:
 
 
 # ------------------------------------------------------------------- parts left out
-def longest_prefixes(student: Vocabulary, other: Vocabulary, *, kind: str) -> Events:
+def longest_prefixes(student: Vocabulary, other: Vocabulary, **settings: Any) -> Events:
     """Tokens of one side alone go to their longest prefix, whatever the other side's first piece."""
-    return match(replace(student, first_pieces={}), replace(other, first_pieces={}), kind=kind)
+    return match(replace(student, first_pieces={}), replace(other, first_pieces={}), **settings)
 
 
 def every_chunk(_answer: Any, chunks: Any, _events: Any) -> Array:
