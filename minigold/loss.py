@@ -320,7 +320,7 @@ def chunk_losses(
     Raises:
         ValueError: no chunk.
     """
-    (one,) = rows.blocks(max(1, len(rows.observed_C)))
+    (one,) = rows.blocks(len(rows.observed_C))
     student_NV = _wide(student_logits_SV[one.student.place_N])
     return _compare(*_laws(student_NV, teacher_logits_TW, None, one, events), events, beta)
 
