@@ -205,10 +205,14 @@ def test_a_second_process_leaves_a_run_alone(work: Path, tmp_path: Path) -> None
         next(line for line in process.stderr if line.startswith("step 1/"))
         process.send_signal(signal.SIGSTOP)
         before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-        second = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
-        process.send_signal(signal.SIGCONT)
-        process.terminate()
+        try:
+            second = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=60
+            )
+            assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        finally:  # also where the second one goes on for ever
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
         process.stderr.read()
         assert process.wait() == 143
     message = f"expected that no other process writes to {out}, got one that does; wait for it"
