@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_align.options(commands)
     cli_models.options(commands)
     _report_options(commands)
-    demo = commands.add_parser("demo", help="the main job in two to three minutes on one CPU core")
+    demo = commands.add_parser("demo", help="the main job in two to seven minutes on one CPU core")
     demo.add_argument(
         "--out",
         type=Path,
