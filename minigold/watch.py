@@ -74,6 +74,13 @@ def collapses(history: Sequence[dict[str, Any]], *, answers: int) -> dict[str, s
             f"the student drifts to tokens that the teacher does not have: {now:.0%} of its mass is "
             f"in shared tokens ({was:.0%} in the first {WINDOW} steps); lower --lr"
         )
+    was, now = _mean(first, "noncanonical_share"), _mean(last, "noncanonical_share")
+    if now > 0.05 and now > 2 * was:
+        found["spelling"] = (
+            f"the student spells in pieces that its tokenizer would not make: {now:.0%} of its tokens "
+            f"({was:.0%} in the first {WINDOW} steps); read samples.jsonl: the words may be none; "
+            "--beta 0.1, or lower --lr"
+        )
     return found
 
 

@@ -1106,6 +1106,13 @@ MUTANTS = (
         "if now < 0.02:",
         "tests/test_watch.py",
     ),
+    # a student that never knew a word is one that forgot them
+    Mutant(
+        "minigold/watch.py",
+        "if now > 0.05 and now > 2 * was:",
+        "if now > 0.05:",
+        "tests/test_watch.py",
+    ),
     # repetition of other answers counts
     Mutant(
         "minigold/metrics.py",

@@ -218,7 +218,7 @@ def test_moments_stay_as_they_are_at_a_failed_step(
 # ---------------------------------------------------------------------------------- collapses
 HEALTHY = {
     "loss": 0.1, "grad_norm": 1.0, "repetition": 0.05, "eos_rate": 0.8, "completion_tokens": 400,
-    "shared_mass_student": 0.95,
+    "shared_mass_student": 0.95, "noncanonical_share": 0.02,
 }  # fmt: skip
 
 
@@ -245,6 +245,8 @@ def history_of(
         ({}, {"completion_tokens": 16, "repetition": None}, "empty"),
         ({"completion_tokens": 60}, {"completion_tokens": 20}, "empty"),
         ({}, {"shared_mass_student": 0.7}, "mass"),
+        ({}, {"noncanonical_share": 0.07}, "spelling"),
+        ({"noncanonical_share": 0.05}, {"noncanonical_share": 0.15}, "spelling"),
     ],
 )
 def test_each_collapse_is_told(first: dict[str, Any], last: dict[str, Any], sign: str) -> None:
@@ -268,6 +270,9 @@ def test_each_collapse_is_told(first: dict[str, Any], last: dict[str, Any], sign
         ({}, {"completion_tokens": 40}),
         ({}, {"shared_mass_student": 0.82}),
         ({"shared_mass_student": None}, {"shared_mass_student": None}),
+        ({"noncanonical_share": 0.0}, {"noncanonical_share": 0.04}),
+        ({"noncanonical_share": 0.4}, {"noncanonical_share": 0.5}),  # a student that knows no words
+        ({"noncanonical_share": None}, {"noncanonical_share": None}),  # none was sampled
         ({"eos_rate": 0.1, "repetition": 0.5}, {"eos_rate": 1.0, "repetition": 0.0}),  # it got well
     ],
 )
