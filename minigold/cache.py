@@ -27,7 +27,8 @@ class Store(NamedTuple):
     column_1: Tensor | None = None
 
     def put(self, key_BGSE: Tensor, value_BGSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new tokens; returns all."""
+        """Writes the new tokens, rounded to the cache's precision; returns all."""
+        key_BGSE, value_BGSE = key_BGSE.to(self.keys_BGJE), value_BGSE.to(self.keys_BGJE)
         if self.column_1 is not None:
             self.keys_BGJE.index_copy_(2, self.column_1, key_BGSE)
             self.values_BGJE.index_copy_(2, self.column_1, value_BGSE)
@@ -73,6 +74,8 @@ class Cache:
     def grow(self, ahead_1S: Tensor) -> tuple[Tensor, Tensor]:
         """Room for the next tokens: their positions [B, S], and those of all columns in use.
 
+        The first tokens stand in all rows where they stand ahead: both are `ahead_1S` then.
+
         Args:
             ahead_1S: int64, how far each token stands ahead of `next_B`.
 
@@ -95,6 +98,8 @@ class Cache:
             self.used += n_new
             self.position_BJ[:, self.used - n_new : self.used] = position_BS
             self.next_B = self.next_B + n_new
+            if self.used == n_new:
+                return ahead_1S, ahead_1S
         return position_BS, self.position_BJ[:, : self.used]
 
     def fix(self, step: int) -> int:

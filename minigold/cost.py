@@ -7,7 +7,8 @@ adds up. `docs/performance.md` shows how close they come.
 
 Letters beside the common ones: M width of the MLP (`mlp_width`), Q width of all queries, K width of
 all keys. Bytes are those of tensors: Python, tokenizers and torch itself come on top.
-Not here: rows of fixed answers, which the student reads too (`--lmbda`).
+Not here: rows of fixed answers, which the student reads too (`--lmbda`); the answers that the teacher
+reads once more for other paths, into a cache of a micro-batch's rows (2 L K numbers a token).
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ def layer_saved_bytes(
     its sums, but no table of scores; the MLP four tensors of width M (what the gate gave, before and
     after the activation; what `up_proj` gave; their product). Norms of heads and Gemma's norms after
     the blocks keep their inputs alike. A window that is shorter than the row needs its mask, in
-    float32. With an adapter a frozen norm keeps its input and the root, and of what goes into the
+    float32, and on CUDA keys and values for each query's head beside it. With an adapter a frozen norm keeps its input and the root, and of what goes into the
     matrices stays what goes into adapters too, beside what is between their two matrices.
     """
     d, m, q, k = config.width, config.mlp_width, _queries(config), _keys(config)
@@ -235,11 +236,13 @@ def layer_saved_bytes(
     if _norms_heads(config):
         wide += kept * (q + k) + h + g
     narrow = 2 * d + 2 * q + 2 * k + 4 * m
+    masked = sliding and length > config.window
+    narrow += 2 * (q - k) * (cuda and masked)
     if lora_rank:
         for some, size in ((MATRICES[:3], d), (MATRICES[4:6], d), (MATRICES[6:], m)):
             narrow -= size * set(some).isdisjoint(lora_targets)
         narrow += lora_rank * len(lora_targets)
-    mask = WIDE * length**2 if sliding and length > config.window else 0
+    mask = WIDE * length**2 if masked else 0
     return rows * length * (WIDE * wide + (2 if cuda else WIDE) * narrow) + mask
 
 
@@ -284,7 +287,7 @@ def _packed(s: Sizes) -> Parts:
 
 def _sampling(s: Sizes) -> Parts:
     c, length = s.student, s.prompt + s.completion
-    cached = 2 * c.n_layers * _keys(c) * WIDE  # a token
+    cached = 2 * c.n_layers * _keys(c) * s.narrow  # a token
     # a step's logits and probabilities, and both again for the measures of some steps; top-p sorts
     look = LOOK["cuda" if s.cuda else "cpu"]
     logits = s.rows * s.student_ids * max(8 + 8 * look, 44 * s.nucleus)
@@ -444,7 +447,7 @@ def work(s: Sizes) -> dict[str, Work]:
     decoding = s.rows * (2 * body * steps + 4 * _queries(own) * own.n_layers * seen)
     prefill = _forward_operations(own, s.rows, s.prompt, pairs=_pairs(s.prompt))
     prefill += 2 * s.adapter * s.rows * s.prompt
-    cached = 2 * WIDE * _keys(own) * own.n_layers * s.rows * seen
+    cached = 2 * s.narrow * _keys(own) * own.n_layers * s.rows * seen
     reading = _forward_operations(other, s.rows, t_length, pairs=_pairs(t_length))
     t_states = s.rows * (s.teacher_completion + 1)
     t_blocks = s.rows * ceil((s.teacher_completion + 1) / READ_BLOCK)

@@ -27,7 +27,7 @@ from minigold.events import CHUNK, Side
 from minigold.generate import said
 from minigold.load import LanguageModel
 from minigold.loss import look
-from minigold.masked import starts_of, tempered
+from minigold.masked import critic, starts_of
 from minigold.metrics import gap_and_bytes
 from minigold.offsets import EXACT, encode_continuation, text_of_ids
 from minigold.pair import Pair
@@ -251,7 +251,7 @@ def forward_kl(pair: Pair, rollouts: Sequence[Rollout], config: Config) -> list[
             torch.cat(ours),
             torch.cat(theirs),
             student_head=student.decoder.head,
-            teacher_head=tempered(pair.teacher, 1.0),
+            teacher_head=critic(pair.teacher, 1.0),
             rows=rows,
             events=pair.events,
             beta=0.0,

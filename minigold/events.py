@@ -372,7 +372,8 @@ def measure(prob_NV: Tensor, logp_N: Tensor, ids_N: Tensor, side: Side) -> Measu
     masses_K2 = torch.stack([mass_K * merged_K, mass_K], dim=1)
     longer_N2 = prob_NV.new_zeros(len(ids_N), 2).index_add(0, row_K, masses_K2)
     stay_N2 = -torch.nn.functional.softplus(longer_N2.log() - logp_N[:, None])  # p(c) / (p(c) + m)
-    shared_N, other_N = (prob_NV @ side.kinds_V2.to(prob_NV.dtype)).unbind(1)
+    with torch.autocast(prob_NV.device.type, enabled=False):  # bfloat16 has two digits and a half
+        shared_N, other_N = (prob_NV @ side.kinds_V2.to(prob_NV.dtype)).unbind(1)
     projected_N = (1 - shared_N - other_N).clamp(min=0)
     stay_N, inside_N = stay_N2.unbind(1)
     return Measures(stay_N, inside_N, shared_N, projected_N, other_N)

@@ -46,6 +46,7 @@ __all__ = [
 logger = logging.getLogger("minigold")
 
 PATTERNS = ("*.json", "*.safetensors", "chat_template.jinja")
+UNREAD = ("*/*", "consolidated*")  # folders, and the weights once more in another form
 LARGEST = 2**27  # bytes of a tokenizer.json; real ones have up to 35 million
 MOST_IDS = 2**21  # of a tokenizer; real ones have up to a million
 RISKY = re.compile(r'charsmap|subword_prefix"\s*:\s*"[^"]|\\u00[4-7]')  # the last hides a name
@@ -225,7 +226,7 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         ) from error
     try:
         wanted = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
-        return Path(snapshot_download(hub_name, allow_patterns=wanted))
+        return Path(snapshot_download(hub_name, allow_patterns=wanted, ignore_patterns=[*UNREAD]))
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(

@@ -175,7 +175,7 @@ def train_pass(
     device, total = pair.student.decoder.device, 0.0
     heads = {
         "student_head": tempered(pair.student, config.student_temperature),
-        "teacher_head": tempered(pair.teacher, config.teacher_temperature),
+        "teacher_head": critic(pair.teacher, config.teacher_temperature),
     }
     trained = [np.zeros_like(mask) for mask in chosen]
     for some in micro_batches(rollouts, chosen, config.micro_batch):
@@ -227,6 +227,24 @@ def tempered(model: LanguageModel | Teacher, temperature: float) -> Any:
         return None
     head = model.decoder.head
     return head if temperature == 1 else head._replace(temperature=temperature)
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The teacher's head in the teacher's own precision, whatever autocast the student is under."""
+
+    head: Any
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            found: Tensor = self.head.logits(hidden)
+        return found
+
+
+def critic(teacher: Teacher, temperature: float) -> Any:
+    """As `tempered`, for the loss."""
+    head = tempered(teacher, temperature)
+    return None if head is None else Critic(head)
 
 
 def starts_of(parts: Sequence[Tensor]) -> list[int]:

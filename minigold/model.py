@@ -29,6 +29,7 @@ from minigold.replay import Replay
 
 __all__ = ["MATRICES", "Decoder", "Head", "ModelConfig"]
 
+UNGROUPED = ("cuda",)  # devices whose fast kernels take no mask beside heads in groups
 MATRICES = (
     "q_proj",
     "k_proj",
@@ -120,7 +121,10 @@ class _Sight(NamedTuple):
 
 
 class _Norm(nn.Module):
-    """RMS norm over the last dimension; Gemma stores the weight minus one, and works in float32."""
+    """RMS norm over the last dimension, in the precision of its weight.
+
+    Gemma stores the weight minus one, and works in float32.
+    """
 
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
@@ -129,7 +133,7 @@ class _Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.gemma:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
         weight = 1 + self.weight.float()
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
 
@@ -160,6 +164,9 @@ class _Attention(nn.Module):
         shape, grouped = query.shape, self.config.n_kv_heads != self.config.n_heads
         if grouped and shape[2] == 1:  # one token: the heads of a group are queries of one head
             query, grouped = query.reshape(*key.shape[:2], -1, key.shape[3]), False
+        elif grouped and sight.mask_R1SJ is not None and query.device.type in UNGROUPED:
+            n = self.config.n_heads // self.config.n_kv_heads
+            key, value, grouped = key.repeat_interleave(n, 1), value.repeat_interleave(n, 1), False
         mixed_BHSE = F.scaled_dot_product_attention(
             query,
             key,
@@ -284,9 +291,17 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache for `batch` rows of `length` tokens, on this model's device and in its dtype."""
-        shape = (batch, self.config.n_kv_heads, length, self.config.head_width)
-        return Cache.empty(shape, len(self.model.layers), dtype=self.dtype, device=self.device)
+        """A cache for `batch` rows of `length` tokens, on this model's device.
+
+        In its dtype or, under autocast, in that which attention takes then.
+        """
+        shape, kind = (
+            (batch, self.config.n_kv_heads, length, self.config.head_width),
+            self.device.type,
+        )
+        lower = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if lower else self.dtype
+        return Cache.empty(shape, len(self.model.layers), dtype=dtype, device=self.device)
 
     def forward(self, ids_BS: Tensor, cache: Cache | None = None) -> Tensor:
         """hidden_BSD after the final norm.

@@ -137,7 +137,7 @@ def score(
         micro_batch: rows a forward pass, longest first so that padding is small.
         temperature: of all distributions that are read here.
         other_paths: read on from other tokens than those of the completion, where much speaks for
-            them, a row each: see `Longer.branches`.
+            them, a token each: see `Longer.branches`. Such a completion is read once more, into a cache.
         block: positions whose logits exist at a time.
     """
     head = model.head if temperature == 1 else model.head._replace(temperature=temperature)
@@ -147,13 +147,7 @@ def score(
     scores: dict[int, Score] = {}
 
     def read_on(rows: Sequence[Sequence[int]]) -> Tensor:
-        parts = (rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch))
-        states = [
-            hidden_SD[len(row) - 1]
-            for some in parts
-            for hidden_SD, row in zip(model(pad(some, model.device)), some, strict=True)
-        ]
-        return torch.stack(states)
+        return _read_on(model, rows, micro_batch)
 
     for start in range(0, len(order), micro_batch):
         chosen = order[start : start + micro_batch]
@@ -166,6 +160,22 @@ def score(
                 read_on=read_on if other_paths else None,
             )  # fmt: skip
     return [scores[i] for i in range(len(readings))]
+
+
+def _read_on(model: CausalLM, rows: Sequence[Sequence[int]], micro_batch: int) -> Tensor:
+    """state_BD after the last id of each row; all but that is read once, as the longest row has it."""
+    device, longest = model.device, max(rows, key=len)
+    read = model.empty_cache(1, len(longest) - 1)
+    model(torch.tensor([longest[:-1]], device=device), read)
+    states = []
+    for start in range(0, len(rows), micro_batch):
+        some = rows[start : start + micro_batch]
+        copies = model.empty_cache(len(some), len(longest))
+        into = torch.arange(len(some), device=device)
+        copies.fill(into, read, torch.zeros_like(into))
+        copies.cut(torch.tensor([len(row) - 1 for row in some], device=device))
+        states.append(model(torch.tensor([row[-1:] for row in some], device=device), copies)[:, 0])
+    return torch.cat(states)
 
 
 @torch.no_grad()
@@ -182,7 +192,8 @@ def read_states(
     """The score of a completion whose states are known; arguments as in `Score` and `score`.
 
     Args:
-        read_on: the state after the last id of each row, for `score`'s `other_paths`.
+        read_on: the state after the last id of each row, for `score`'s `other_paths`. All but these
+            ids are the beginning of one row.
     """
     ids_T = torch.tensor(reading.ids, dtype=torch.int64, device=hidden_MD.device)
     logps = [hidden_MD.new_zeros(0)]

@@ -236,6 +236,16 @@ def choose_trained(student: LanguageModel, config: Config) -> None:
         adapt(decoder, new, new_tensors(decoder, new, seed=seed))
 
 
+def _warn_of_precision(weights: Sequence[torch.nn.Parameter], config: Config) -> None:
+    narrow = {str(p.dtype).removeprefix("torch.") for p in weights if p.dtype.itemsize < 4}
+    if narrow:
+        log.warning(
+            "the trained weights are %s, in which most steps of --lr %g are rounded away; load the "
+            "student with dtype=torch.float32 (on CUDA its products are bfloat16 all the same)",
+            " and ".join(sorted(narrow)), config.lr,
+        )  # fmt: skip
+
+
 def trained_weights(decoder: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The parameters that are trained."""
     return [parameter for parameter in decoder.parameters() if parameter.requires_grad]
@@ -244,6 +254,7 @@ def trained_weights(decoder: torch.nn.Module) -> list[torch.nn.Parameter]:
 def adamw(decoder: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     """One pass over weights and moments where the device has a kernel for it."""
     parameters = trained_weights(decoder)
+    _warn_of_precision(parameters, config)
     fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(
         parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused

@@ -405,6 +405,41 @@ MUTANTS = (
         "ended = torch.isin(ids, stops)",
         "tests/test_sample.py",
     ),
+    # the other path's token is read after one too many, or too few
+    Mutant(
+        "minigold/teacher.py",
+        "copies.cut(torch.tensor([len(row) - 1 for row in some], device=device))",
+        "copies.cut(torch.tensor([len(row) for row in some], device=device))",
+        "tests/test_teacher.py",
+    ),
+    # a cache takes float32 for bfloat16
+    Mutant(
+        "minigold/cache.py",
+        "key_BGSE, value_BGSE = key_BGSE.to(self.keys_BGJE), value_BGSE.to(self.keys_BGJE)",
+        "pass",
+        "tests/test_replay.py",
+    ),
+    # the first tokens are read under a mask
+    Mutant(
+        "minigold/cache.py",
+        "            if self.used == n_new:\n                return ahead_1S, ahead_1S\n",
+        "",
+        "tests/test_model.py",
+    ),
+    # groups of heads stand beside a mask
+    Mutant(
+        "minigold/model.py",
+        "sight.mask_R1SJ is not None and query.device.type in UNGROUPED",
+        "False",
+        "tests/test_model.py",
+    ),
+    # the teacher's logits are of the student's precision
+    Mutant(
+        "minigold/masked.py",
+        "with torch.autocast(hidden.device.type, enabled=False):",
+        "with torch.autocast(hidden.device.type, enabled=torch.is_autocast_enabled('cpu')):",
+        "tests/test_masked.py",
+    ),
     # copies of a prompt are counted in another order than they are placed
     Mutant(
         "minigold/sample.py",

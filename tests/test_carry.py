@@ -206,7 +206,7 @@ def test_the_rest_of_a_token_over_a_chunks_start_goes_on_too() -> None:
     (got,) = score(model, [reading], end_ids=[10], side=events.teacher, other_paths=True)
     want = {b" return": 0.94 * 0.7, b" if": 0.94 * 0.3, b" ": 0.05}
     assert events_of(got.carried[2], events) == pytest.approx(want, abs=1e-6)
-    assert model.n_read == 1 + 1  # `      ` has too little
+    assert model.n_read == len(PROMPT) + 3 + len(PROMPT) + 1 + 1  # `      ` has too little
     (plain,) = score(model, [reading], end_ids=[10], side=events.teacher)
     assert events_of(plain.carried[2], events) == pytest.approx({b" ": 0.99}, abs=1e-6)
 

@@ -346,6 +346,15 @@ def test_memory_grows_with_what_it_is_made_of() -> None:
     assert "matrices in bfloat16" not in of("training")
     assert "matrices in bfloat16" in of("training", cuda=True)
     assert of("training", cuda=True)["activations"] < of("training")["activations"]
+    assert 2 * of("sampling", cuda=True)["KV cache"] == of("sampling")["KV cache"]
+    gemma = model_config(raw_config("gemma3_text", 50))
+    more = [
+        [cost.layer_saved_bytes(gemma, 3, n, sliding=True, cuda=x) for x in (True, False)]
+        for n in (gemma.window, gemma.window + 1)
+    ]
+    groups = 2 * 3 * (gemma.window + 1) * gemma.head_width * (gemma.n_heads - gemma.n_kv_heads)
+    fixed = (gemma.window + 1) / gemma.window
+    assert more[1][0] - 4 * (gemma.window + 1) ** 2 - more[0][0] * fixed == 2 * groups > 0
     stage, parts = cost.peak(sizes())
     assert sum(parts.values()) == max(sum(p.values()) for p in cost.memory(sizes()).values())
     assert cost.memory(sizes())[stage] == parts
@@ -481,5 +490,5 @@ def test_the_lines_that_the_page_names_are_in_the_code() -> None:
     page = (root / "docs" / "performance.md").read_text("utf-8")
     code = " ".join((root / "minigold" / "cost.py").read_text("utf-8").split())
     rows = re.findall(r"^\| .* \| `(.+)` \|$", page, re.MULTILINE)
-    assert len(rows) == 23
+    assert len(rows) == 24
     assert [row for row in rows if " ".join(row.split()) not in code] == []

@@ -153,6 +153,17 @@ def test_overhang_of_the_worked_example() -> None:
     assert measured_at(logp_NV, torch.tensor([0]), events.student).stay_N.item() == 0.0
 
 
+def test_masses_keep_their_digits_under_autocast() -> None:
+    """bfloat16 is coarser than what the audit looks for."""
+    events = match(words("hel", "lo", "p", "q"), words("hello", "hel", "p", "r"))
+    logp_NV = torch.tensor([[0.9971, 0.0007, 0.0009, 0.0013, 1e-9]]).log()
+    want = measured_at(logp_NV, torch.tensor([0]), events.student)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = measured_at(logp_NV, torch.tensor([0]), events.student)
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
 def carried(side: Side, prob_NV: Tensor, ids_N: Tensor, inside_N: Tensor) -> Tensor:
     """Masses of `Side.over`, in the columns of `Side.project`."""
     taken = zip(ids_N.tolist(), inside_N.tolist(), strict=True)

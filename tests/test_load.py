@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -411,8 +412,14 @@ def test_the_hub_is_asked_for_the_files_that_are_read(
 ) -> None:
     asked: list[Any] = []
 
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: Any) -> str:
         asked.append((name, allow_patterns))
+        files = ["model.safetensors", "tokenizer.json", "consolidated.safetensors",
+                 "consolidated-00001-of-00002.safetensors", "onnx/config.json"]  # fmt: skip
+        wanted = filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        assert set(wanted) <= {"model.safetensors", "tokenizer.json"}
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

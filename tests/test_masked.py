@@ -15,6 +15,7 @@ from minigold.batch import Rollout, head_rows
 from minigold.carry import Reading
 from minigold.config import Config
 from minigold.disagree import LEAST, WHERE, budget, choose, soft_or
+from minigold.evaluate import forward_kl
 from minigold.loss import look
 from minigold.masked import (
     acceptance_of,
@@ -27,7 +28,7 @@ from minigold.masked import (
     starts_of,
     train_pass,
 )
-from minigold.model import Decoder
+from minigold.model import Decoder, Head
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.teacher import score
@@ -88,6 +89,32 @@ def test_random_replays_the_number_of_another_mask(replay: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(result.trained, drawn[0], strict=True))
     mean = train_pass(pair, rollouts, drawn[0], settings("all")).loss  # of the same chunks
     assert result.loss == pytest.approx(mean, abs=1e-6) and count(drawn[0]) > 0
+
+
+@pytest.mark.parametrize("where", ["all", "divergence"])
+def test_the_teachers_logits_are_in_its_own_precision(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the student is under autocast; here the CPU's stands for it."""
+    pair = cross_pair()
+    rollouts = rollouts_of(pair)
+    lower: dict[bool, set[bool]] = {True: set(), False: set()}
+    own, logits = pair.student.decoder.head.weight_VD, Head.logits
+
+    def noted(head: Head, hidden: Tensor) -> Tensor:
+        lower[head.weight_VD.data_ptr() == own.data_ptr()].add(torch.is_autocast_enabled("cpu"))
+        return logits(head, hidden)
+
+    monkeypatch.setattr(Head, "logits", noted)
+    for name in ("masked", "evaluate"):
+        monkeypatch.setattr(
+            f"minigold.{name}.precision", lambda _model: torch.autocast("cpu", torch.bfloat16)
+        )
+    config = settings(where)
+    train_pass(pair, rollouts, chosen_of(pair, rollouts, config), config)
+    assert lower[False] == {False}, "the teacher's"
+    forward_kl(pair, rollouts, config)
+    assert lower == {True: {True}, False: {False}}
 
 
 def test_a_fixed_answer_is_tested_by_the_student() -> None:

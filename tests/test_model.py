@@ -274,6 +274,47 @@ def test_an_empty_cache_is_made_for_its_model(dtype: torch.dtype) -> None:
     assert cache.next_B.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_under_autocast_a_cache_is_narrow_and_changes_nothing(family: str) -> None:
+    """Attention takes bfloat16 then, whatever the projections and rotations gave."""
+    model, ids_BS = tiny_decoder(family), some_ids(2, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.empty_cache(2, 12)
+        parts_BSD = [model(part_BS, cache) for part_BS in ids_BS.split([7, 1, 1, 3], 1)]
+        whole_BSD = model(ids_BS)
+    assert {x.dtype for x in (*cache.keys, *cache.values)} == {torch.bfloat16}
+    error = largest(torch.cat(parts_BSD, 1) - whole_BSD)
+    assert error <= 0.03 * largest(whole_BSD)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_no_mask_stands_beside_heads_in_groups(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the kernels without a table of scores do not take both; the first tokens need none."""
+    monkeypatch.setattr("minigold.model.UNGROUPED", ("cpu",))
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, list[tuple[bool, bool]]()
+
+    def watched(*args: Any, **named: Any) -> torch.Tensor:
+        seen.append((named["attn_mask"] is not None, named["enable_gqa"]))
+        return attend(*args, **named)
+
+    model, ids_BS = tiny_decoder(family), some_ids(4, 19)
+    want_BSD = model(ids_BS)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    got_BSD = model(ids_BS)
+    cache = model.empty_cache(4, 20)
+    parts_BSD = [model(part_BS, cache) for part_BS in ids_BS.split([4, 1, 14], 1)]
+    n = len(model.model.layers)
+    assert (True, True) not in seen
+    assert seen[n : 2 * n] == [(False, True)] * n, "four tokens are within any window"
+    assert any(masked for masked, _ in seen[2 * n :])
+    for found_BSD in (got_BSD, torch.cat(parts_BSD, 1)):
+        assert largest(found_BSD - want_BSD) <= EXACT
+
+
 def test_a_cache_is_refused_where_it_does_not_fit() -> None:
     model = tiny_decoder("llama")
     cache = model.empty_cache(2, 5)

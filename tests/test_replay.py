@@ -57,6 +57,21 @@ def test_recorded_steps_change_no_token(
     assert columns > 4 or len(made) > 5
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+def test_recorded_steps_run_under_autocast(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `precision` has it on CUDA: float32 weights, products in bfloat16."""
+    model, made = tiny_decoder(family), list[Tensor]()
+    settings = {"max_new_tokens": 12, "eos_ids": [], "seed": 3}
+    with torch.autocast("cpu", torch.bfloat16):
+        want = sample(model, PROMPTS, **settings)
+        monkeypatch.setattr(replay, "COLUMNS", 16)
+        monkeypatch.setattr(replay, "record", recorder(model, made))
+        monkeypatch.setattr(model, "cuda_graphs", True)
+        got = sample(model, PROMPTS, **settings)
+    assert made
+    assert [one.ids for one in got] == [one.ids for one in want]
+
+
 @torch.no_grad()
 def test_shapes_and_addresses_stay_between_steps() -> None:
     """All that a recorded step touches in the cache is where it was."""

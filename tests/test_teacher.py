@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,10 +18,10 @@ from minigold.events import Events, match
 from minigold.model import Head
 from minigold.offsets import Vocabulary
 from minigold.pair import make_pair
-from minigold.teacher import Score, score
+from minigold.teacher import Score, _read_on, score
 from reference_losses import SlowSide
 from test_events import words
-from tiny_models import tiny_model
+from tiny_models import FAMILIES, tiny_decoder, tiny_model
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
 PROMPT = [0, 0]
@@ -133,10 +134,24 @@ class LastTokenModel(TableModel):
     """A model whose prediction depends on the last token alone: row v follows token v."""
 
     def __call__(self, ids_BS: Tensor, cache: Any = None) -> Tensor:
-        assert cache is None
-        self.n_read = getattr(self, "n_read", 0) + len(ids_BS)
+        assert cache is None or isinstance(cache, NoCache)
+        self.n_read = getattr(self, "n_read", 0) + ids_BS.numel()
         one_hot_BSN = torch.nn.functional.one_hot(ids_BS, self.n_rows)
         return one_hot_BSN.to(self.head.weight_VD.dtype)
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        assert batch * length > 0
+        return NoCache()
+
+
+class NoCache:
+    """What was read before changes nothing."""
+
+    def fill(self, *_rows: Any) -> None:
+        pass
+
+    def cut(self, _length_B: Tensor) -> None:
+        pass
 
 
 SPACES = b"\n    "
@@ -176,11 +191,31 @@ def test_the_right_bytes_in_other_tokens_are_not_a_mistake(micro_batch: int) -> 
     assert math.exp(float(found.logp_T[0]) - found.carried[1].stay) == pytest.approx(0.01 + 0.72)
 
 
-@pytest.mark.parametrize(("wanted", "rows"), [(0.9, 1), (0.06, 1), (0.04, 0)])
-def test_a_row_is_read_on_only_where_it_matters(wanted: float, rows: int) -> None:
+@pytest.mark.parametrize(("wanted", "others"), [(0.9, 1), (0.06, 1), (0.04, 0)])
+def test_other_paths_are_read_only_where_it_matters(wanted: float, others: int) -> None:
+    """The prompt again, and a token."""
     events, model = spaces(wanted)
     score(model, [Reading(PROMPT, [2, 5], [1])], end_ids=[6], side=events.teacher, other_paths=True)
-    assert model.n_read == 1 + rows
+    assert model.n_read == len(PROMPT) + 2 + others * (len(PROMPT) + 1)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_reading_on_is_reading_each_row(family: str, micro_batch: int) -> None:
+    """Past the window too; one row is read, and a token for each."""
+    model, rng = tiny_decoder(family), np.random.default_rng(0)
+    row = rng.integers(0, 41, 30).tolist()
+    rows = [
+        [*row[:n], i] for n, i in ((1, 4), (29, 5), (12, 40), (29, 6), (3, 0), (20, 7), (12, 1))
+    ]
+    want = [model(torch.tensor([one]))[0, -1] for one in rows]
+    n_read = list[int]()
+    hook = model.register_forward_hook(lambda _m, args, _out: n_read.append(args[0].numel()))
+    got_BD = _read_on(model, rows, micro_batch)
+    hook.remove()
+    torch.testing.assert_close(got_BD, torch.stack(want), atol=2e-6, rtol=2e-6)
+    assert sum(n_read) == 29 + len(rows)
 
 
 def test_a_teacher_in_process_is_asked_for_other_paths() -> None:

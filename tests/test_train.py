@@ -724,6 +724,17 @@ def test_training_is_deterministic_and_comes_nearer_to_the_teacher() -> None:
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_lose_small_steps_are_warned_about(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = fresh_pair()
+    student.decoder.to(dtype)
+    distill(student, teacher, PROMPTS, dataclasses.replace(CONFIG, steps=1))
+    told = "the trained weights are bfloat16, in which most steps of --lr"
+    assert (told in caplog.text) == (dtype == torch.bfloat16)
+
+
 def test_the_teacher_stays_as_it_is() -> None:
     student, teacher = fresh_pair()
     before = [p.detach().clone() for p in teacher.decoder.parameters()]

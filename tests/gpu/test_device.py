@@ -71,10 +71,13 @@ def test_recorded_steps_change_no_token(
     model = copy.deepcopy(tiny_decoder(family)).to(DEVICE)
     settings = {"max_new_tokens": 40, "eos_ids": range(0, 40, 9), "seed": 4}
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 7, 1, 8, 2], [4]]
-    want = sample(model, prompts, **settings)
-    model.cuda_graphs = True
-    got = sample(model, prompts, **settings)
-    assert [one.ids for one in got] == [one.ids for one in want]
+    for lower in (False, True):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=lower):
+            model.cuda_graphs = False
+            want = sample(model, prompts, **settings)
+            model.cuda_graphs = True
+            got = sample(model, prompts, **settings)
+        assert [one.ids for one in got] == [one.ids for one in want]
     warned = "without CUDA graphs" in caplog.text
     assert warned == (DEVICE.type != "cuda")
 
