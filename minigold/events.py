@@ -219,7 +219,12 @@ class Side:
     def _taken(
         self, path: Sequence[tuple[int, bool]]
     ) -> tuple[bytes, int | None, list[tuple[int, int]]]:
-        """The text of some tokens, and what was told apart at their shared boundaries."""
+        """The text of some tokens, and what was told apart at their shared boundaries.
+
+        None where one of them has no text, as an end of turn: no token is longer than that.
+        """
+        if not all(self.spelling[i] for i, _ in path):
+            return b"", None, []
         text, told = b"", []
         for i, inside in reversed(path):
             text = self.spelling[i] + text

@@ -114,9 +114,8 @@ class Rows:
     def part(self, rows: slice, first_chunk: int) -> Rows:
         """Some rows, their chunks counted from `first_chunk`, all `FIRST` rows first."""
         order_N = (self.kind_N[rows] != FIRST).to(torch.uint8).argsort(stable=True)
-        place_N, chunk_N, ids_N, kind_N = (
-            x[rows][order_N] for x in (self.place_N, self.chunk_N, self.ids_N, self.kind_N)
-        )
+        columns = self.place_N, self.chunk_N, self.ids_N, self.kind_N
+        place_N, chunk_N, ids_N, kind_N = (x[rows][order_N] for x in columns)
         return Rows(place_N, chunk_N - first_chunk, ids_N, kind_N)
 
 
@@ -205,7 +204,7 @@ def divergence(student_prob_NX: Tensor, teacher_prob_NX: Tensor, *, beta: float)
         beta: 0 to 1.
 
     Raises:
-        ValueError: beta outside 0 to 1.
+        ValueError: beta outside 0 to 1, or other shapes.
 
     Source: GKD (2306.13649), eq. 2. Differs: divided by beta (1 - beta).
 
@@ -213,9 +212,9 @@ def divergence(student_prob_NX: Tensor, teacher_prob_NX: Tensor, *, beta: float)
     >>> divergence(s, t, beta=1.0)  # 0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.75)
     tensor([0.1438])
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"expected beta between 0 (forward KL) and 1 (reverse KL), got {beta}")
     s_NX, t_NX = _wide(student_prob_NX) + FLOOR, _wide(teacher_prob_NX) + FLOOR
+    if s_NX.ndim != 2 or s_NX.shape != t_NX.shape:
+        raise ValueError(f"expected tables [N, X], got {s_NX.shape}, {t_NX.shape}; reshape them")
     return _Divergence.apply(s_NX, t_NX, s_NX.shape[1], beta)[0]
 
 
@@ -232,6 +231,8 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, student_NX: Tensor, teacher_NX: Tensor, n: int, beta: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if not 0 <= beta <= 1:
+            raise ValueError(f"expected beta between 0 (forward KL) and 1 (reverse KL), got {beta}")
         s_NK, t_NK = student_NX[:, :n], teacher_NX[:, :n]
         s_raw_N1, t_raw_N1 = s_NK.sum(-1, keepdim=True), t_NK.sum(-1, keepdim=True)
         s_sum_N1, t_sum_N1 = s_raw_N1.clamp(min=RARE), t_raw_N1.clamp(min=RARE)
@@ -318,7 +319,7 @@ def chunk_losses(
             `rows.teacher_logp_C` is all that is known (then all chunks are observed).
 
     Raises:
-        ValueError: no chunk.
+        ValueError: no chunk, or beta outside 0 to 1.
     """
     (one,) = rows.blocks(len(rows.observed_C))
     student_NV = _wide(student_logits_SV[one.student.place_N])
@@ -430,34 +431,38 @@ def _student_law(logits_NV: Tensor, rows: ChunkRows, side: Side) -> Tensor:
 
     With c the tokens before the chunk, p their probability, P the prediction after them, and m the
     mass of single tokens that begin like them and go on, times that of the tokens before, the law is
-    `(p P + m) / (p + sum of m)`. An observed chunk's probability holds the longer tokens over its end.
+    `(p P + m) / (p + sum of m)`. An observed chunk's probability holds the longer tokens over its end,
+    those that begin before it too.
     """
     own, chunk_N, n_chunks = rows.student, rows.student.chunk_N, len(rows.observed_C)
     groups = _groups(own, rows.observed_C)  # of every chunk, and then of what stands before some
-    paths = [(row, group[k:]) for group in groups for k, row in enumerate(group)]
+    chunks, observed = chunk_N.tolist(), rows.observed_C.tolist()
+    ways = [(group, list[int]()) for group in groups]  # and then from there over the chunk's end
+    ways += [(one, groups[c]) for one in groups[n_chunks:] if observed[c := chunks[one[0]]]]
+    paths = [(row, way[k:] + more) for way, more in ways for k, row in enumerate(way)]
     ids, inside = own.ids_N.tolist(), ((own.kind_N == INSIDE) | (own.kind_N == REST)).tolist()
     over_J, id_J, event_J = side.over([[(ids[n], inside[n]) for n in path] for _, path in paths])
     row_J = over_J.new_tensor([row for row, _ in paths])[over_J]
     every_N = torch.arange(len(chunk_N), device=chunk_N.device)
-    law_CX, prob_P = _Read.apply(
-        logits_NV, side, n_chunks, torch.cat([every_N, row_J]), torch.cat([own.ids_N, id_J])
-    )
+    places = torch.cat([every_N, row_J]), torch.cat([own.ids_N, id_J])
+    law_CX, prob_P = _Read.apply(logits_NV, side, n_chunks, *places)
     taken_N, longer_J = prob_P.split([len(every_N), len(row_J)])
     lead_N, prob_G, group_N = _paths(taken_N, groups)
-    longer_J = lead_N[row_J] * longer_J
-    known_G = prob_G.index_add(0, group_N[row_J], longer_J)
+    longer_J, group_J = lead_N[row_J] * longer_J, group_N[row_J]
+    whole_J = over_J >= sum(map(len, groups))
+    known_G = prob_G.index_add(0, group_J, longer_J * ~whole_J)
 
     before_G = torch.arange(len(groups), device=chunk_N.device) >= n_chunks
     counts_G, safe_G = known_G > RARE, known_G.clamp(min=RARE)
+    share_J = torch.where(counts_G, 1 / safe_G, 0.0)[group_J] * longer_J
     chunk_G = chunk_N[[group[0] for group in groups]]
     chunk_B, stay_B = chunk_G[before_G], torch.where(counts_G, prob_G / safe_G, 1.0)[before_G]
     stay_C = torch.ones_like(rows.teacher_logp_C, dtype=stay_B.dtype).index_put((chunk_B,), stay_B)
-    carried_J = before_G[group_N[row_J]]
-    group_K = group_N[row_J[carried_J]]
-    share_K = torch.where(counts_G, 1 / safe_G, 0.0)[group_K] * longer_J[carried_J]
-    into_K = chunk_G[group_K], side.column(event_J[carried_J])
+    prob_C = (known_G[:n_chunks] * stay_C).index_add(0, chunk_G[group_J], share_J * whole_J)
+    carried_J = before_G[group_J] & ~whole_J
+    into_K = chunk_G[group_J[carried_J]], side.column(event_J[carried_J])
     return _Revise.apply(
-        law_CX, chunk_B, stay_B, into_K, share_K, known_G[:n_chunks] * stay_C,
+        law_CX, chunk_B, stay_B, into_K, share_J[carried_J], prob_C,
         side.event_V[own.ids_N[:n_chunks]], rows.observed_C,
     )  # fmt: skip
 
@@ -465,9 +470,8 @@ def _student_law(logits_NV: Tensor, rows: ChunkRows, side: Side) -> Tensor:
 def _groups(own: Rows, observed_C: Tensor) -> list[list[int]]:
     """Rows of each chunk (of one that is not observed the first alone), then of what stands before some."""
     groups: dict[tuple[bool, int], list[int]] = {}
-    observed = observed_C.tolist()
-    parts = zip(own.chunk_N.tolist(), own.kind_N.tolist(), strict=True)
-    for row, (chunk, kind) in enumerate(parts):
+    observed, kinds = observed_C.tolist(), own.kind_N.tolist()
+    for row, (chunk, kind) in enumerate(zip(own.chunk_N.tolist(), kinds, strict=True)):
         if kind != REST or observed[chunk]:
             groups.setdefault((kind >= BEFORE, chunk), []).append(row)
     return [groups[key] for key in sorted(groups)]
@@ -594,7 +598,7 @@ def gold_loss(
         block: chunks at a time.
 
     Raises:
-        ValueError: no chunk.
+        ValueError: no chunk, or beta outside 0 to 1.
 
     The gradient is made at this `weight`, before a gradient scaler sees the loss: in float16, where
     that is too small for many digits, `chunk_losses` is the one to scale.
@@ -609,12 +613,9 @@ def gold_loss(
 
     places, weights = [one.student.place_N for one in blocks], [one.weight_C for one in blocks]
     affine = (None, None) if student_head is None else (student_head.weight_VD, student_head.bias_V)
-    graded = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (student_SD, *affine)
-    )
-    total, loss_C = _Blockwise.apply(
-        student_SD, *affine, losses_of, places, weights, weight, graded
-    )
+    given = student_SD, *affine
+    graded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    total, loss_C = _Blockwise.apply(*given, losses_of, places, weights, weight, graded)
     return Losses(total, loss_C)
 
 

@@ -709,7 +709,7 @@ MUTANTS = (
     # the masks of sliding layers are forgotten
     Mutant(
         "minigold/cost.py",
-        "mask = WIDE * length**2 if sliding and length > config.window else 0",
+        "mask = WIDE * length**2 if masked else 0",
         "mask = 0",
         "tests/test_cost.py",
     ),

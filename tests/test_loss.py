@@ -21,6 +21,7 @@ from minigold.loss import (
     chunk_losses,
     divergence,
     gold_loss,
+    look,
 )
 from minigold.model import Head
 from minigold.offsets import Vocabulary
@@ -80,6 +81,9 @@ def random_rows(n_chunks: int, v: int, w: int, n_events: int, seed: int) -> Chun
 STUDENT = words("hel", "hello", "help", "xyz", "h", ".", ".")
 TEACHER = words("hel", "lo", "h", ".", "heliu")
 PAIR = match(STUDENT, TEACHER)
+STUDENT_OVER = words("h", "e", "l", "hel", "hell", "x", ".")  # tokens over whole chunks
+TEACHER_OVER = words("h", "e", "l", "x", ".")
+OVER = match(STUDENT_OVER, TEACHER_OVER)
 SELF = match(
     Vocabulary((b".", b".", b"a", b"", b""), ("text", "text", "text", "end", "special")),
     Vocabulary((b".", b".", b"a", b"", b""), ("text", "text", "text", "end", "end")),
@@ -237,19 +241,23 @@ def test_one_law_of_texts_spelled_in_two_ways_costs_nothing(beta: float, swapped
 
 
 def slow_path(
-    prob: list[list[float]], side: SlowSide, path: list[tuple[int, int, int]]
+    prob: list[list[float]],
+    side: SlowSide,
+    path: list[tuple[int, int, int]],
+    starts: int | None = None,
 ) -> tuple[float, dict[int, float]]:
     """Probability of some tokens in a row, and of single tokens that begin like the last ones and go on.
 
-    These have to be the same event at each shared boundary on the way.
+    These have to be the same event at each shared boundary on the way, and to begin at one of the
+    first `starts` places.
     """
     longer: dict[int, float] = {}
-    for k in range(len(path)):
+    for k in range(len(path) if starts is None else starts):
         texts = [side.texts[i] for _, i, _ in path[k:]]
         lead = math.prod(prob[n][i] for n, i, _ in path[:k])
         for text, p in zip(side.texts, prob[path[k][0]], strict=True):
             joined = b"".join(texts)
-            if not joined or not text.startswith(joined) or text == joined:
+            if not all(texts) or not text.startswith(joined) or text == joined:
                 continue
             told_apart = any(
                 side.event_of(text[len(b"".join(texts[:j])) :]) != side.event_of(texts[j])
@@ -263,12 +271,15 @@ def slow_path(
 
 
 def slow_losses(
-    student_NV: Tensor, teacher_CW: Tensor, rows: ChunkRows, beta: float
+    student_NV: Tensor,
+    teacher_CW: Tensor,
+    rows: ChunkRows,
+    beta: float,
+    sides: tuple[Vocabulary, Vocabulary] = (STUDENT, TEACHER),
 ) -> list[float]:
     """Chunk by chunk in plain Python, from the spellings."""
-    names = PAIR.event_bytes[:-1]
-    ours = SlowSide(STUDENT.token_bytes, STUDENT.roles, names, {})
-    theirs = SlowSide(TEACHER.token_bytes, TEACHER.roles, names, {})
+    names = match(*sides).event_bytes[:-1]
+    ours, theirs = (SlowSide(one.token_bytes, one.roles, names, {}) for one in sides)
     student = student_NV.double().softmax(-1).tolist()
     teacher = teacher_CW.double().softmax(-1).tolist()
     table = torch.stack([rows.student.chunk_N, rows.student.ids_N, rows.student.kind_N], 1).tolist()
@@ -285,6 +296,9 @@ def slow_losses(
         first, observed = group[0][:2], bool(rows.observed_C[c])
         prob, longer = slow_path(student, ours, group if observed else group[:1])
         chunk_prob = stay * (prob + sum(longer.values()))
+        if before and observed:  # tokens that begin before the chunk and reach over its end
+            beyond = slow_path(student, ours, before + group, starts=len(before))[1]
+            chunk_prob += sum(beyond.values()) / known
         mine = law_of(student[first[0]], ours, carried, stay)
         here = (rows.teacher_carry.chunk_K == c).nonzero()[:, 0].tolist()
         shares = {
@@ -306,6 +320,45 @@ def test_chunk_losses_equal_the_slow_version(seed: int, beta: float) -> None:
     got_C = chunk_losses(student_NV, teacher_CW, rows=rows, events=PAIR, beta=beta)
     want_C = torch.tensor(slow_losses(student_NV, teacher_CW, rows, beta))
     torch.testing.assert_close(got_C, want_C, atol=2e-5, rtol=2e-5)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0]))
+def test_tokens_from_before_a_chunk_over_its_end_are_in_it(seed: int, beta: float) -> None:
+    """`hel` is `h`, and then the whole chunk `e`, and more."""
+    g = torch.Generator().manual_seed(seed)
+    rows = random_rows(6, 4, 6, OVER.n_events, seed=seed)
+    student_NV = torch.randn(len(rows.student.chunk_N), 8, generator=g)
+    teacher_CW = torch.randn(6, 6, generator=g)
+    got_C = chunk_losses(student_NV, teacher_CW, rows=rows, events=OVER, beta=beta)
+    slow = slow_losses(student_NV, teacher_CW, rows, beta, (STUDENT_OVER, TEACHER_OVER))
+    torch.testing.assert_close(got_C, torch.tensor(slow), atol=2e-5, rtol=2e-5)
+
+
+def test_what_is_written_before_the_end_is_no_longer_token() -> None:
+    """Half a character, and then an end of turn or a marker: whole characters are another path."""
+    half = Vocabulary((b"\xc3", b"\xc3\xa9", b"a", b""), ("text", "text", "text", "end"))
+    side = match(half, Vocabulary((b"\xc3", b"a", b""), ("text", "text", "end"))).student
+    assert [x.tolist() for x in side.over([[(0, False)]])][:2] == [[0], [1]]
+    assert [x.tolist() for x in side.over([[(0, False), (3, True)]])] == [[], [], []]
+    assert not side.reaches_over([(0, False), (3, True)])
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan])
+def test_another_beta_is_refused_by_every_entrance(beta: float) -> None:
+    rows, logits = one_token_rows(1, [0]), torch.zeros(1, 8)
+    prob = torch.tensor([[0.5, 0.5]])
+    with pytest.raises(ValueError, match=r"expected beta between 0 .* got"):
+        divergence(prob, prob, beta=beta)
+    for entrance, more in ((chunk_losses, {}), (gold_loss, {"weight": 1.0}), (look, {})):
+        heads = {} if entrance is chunk_losses else {"student_head": None, "teacher_head": None}
+        with pytest.raises(ValueError, match=r"expected beta between 0 .* got"):
+            entrance(logits, torch.zeros(1, 6), rows=rows, events=PAIR, beta=beta, **heads, **more)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 4), (2, 3, 4)), ((3,), (3,)), ((2, 3), (2, 4))])
+def test_other_tables_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match=r"expected tables \[N, X\], got torch.Size"):
+        divergence(*(torch.ones(shape) for shape in shapes), beta=0.5)
 
 
 def test_what_has_no_event_costs_its_log() -> None:
