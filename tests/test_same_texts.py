@@ -6,6 +6,7 @@ student and a teacher of one list differ in nothing but their tokens, and every 
 near 0, at chunk starts and inside. What is above it is a fault of the comparison.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,12 +101,36 @@ class TextModel:
         return found
 
     def __call__(self, ids_BS: Tensor, cache: Any = None) -> Tensor:
-        assert cache is None
-        rows = [
-            torch.stack([self.after(tuple(row[1 : n + 1])) for n in range(len(row))])
-            for row in ids_BS.tolist()
+        rows = ids_BS.tolist() if cache is None else cache.grown(ids_BS.tolist())
+        n_new = ids_BS.shape[1]
+        states = [
+            [self.after(tuple(row[1 : n + 1])) for n in range(len(row) - n_new, len(row))]
+            for row in rows
         ]
-        return torch.stack(rows)
+        return torch.stack([torch.stack(one) for one in states])
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        return Written([[] for _ in range(batch)], length)
+
+
+@dataclasses.dataclass
+class Written:
+    """A cache: the ids of each row."""
+
+    rows: list[list[int]]
+    length: int
+
+    def grown(self, more: list[list[int]]) -> list[list[int]]:
+        self.rows = [old + new for old, new in zip(self.rows, more, strict=True)]
+        assert max(map(len, self.rows)) <= self.length
+        return self.rows
+
+    def fill(self, rows_K: Tensor, other: Any, from_K: Tensor) -> None:
+        for mine, theirs in zip(rows_K.tolist(), from_K.tolist(), strict=True):
+            self.rows[mine] = [*other.rows[theirs]]
+
+    def cut(self, length_B: Tensor) -> None:
+        self.rows = [row[:n] for row, n in zip(self.rows, length_B.tolist(), strict=True)]
 
 
 def losses_of(
