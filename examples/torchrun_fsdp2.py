@@ -158,7 +158,13 @@ def take_step(
         optimizer.zero_grad(set_to_none=True)
     clock.append(time.perf_counter())
     numbers = measured.step_metrics(
-        rollouts, chosen, config, loss=loss, work_saved=saved, clock=clock
+        rollouts,
+        chosen,
+        config,
+        loss=loss,
+        work_saved=saved,
+        clock=clock,
+        device=pair.student.decoder.device,
     )
     extra = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "ranks": world}
     row = measured.plain({"step": number, **numbers, **extra})

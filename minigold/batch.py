@@ -132,11 +132,11 @@ class Rollout:
     def comparable_C(self, events: Events, max_overhang: float) -> Array:
         """bool [C], chunks whose start is compared.
 
-        With `strict` those of one token each, with `chunk` those whose probability is known.
+        With `strict` those of one token each, with `chunk` those that can be scored.
         """
-        c, found_C = self.chunks, self.starts_C & (self.overhang_C <= max_overhang)
+        c, found_C = self.chunks, self.starts_C & ~(self.overhang_C > max_overhang)
         if events.kind == CHUNK:
-            return found_C & self.observed_C
+            return found_C & self.observed_C & self.scorable_C
         if events.kind == "strict" and not events.identical:
             found_C = found_C & (c.s1 - c.s0 == 1) & (c.t1 - c.t0 == 1)
         return found_C

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -47,6 +48,7 @@ from minigold.hf import HFDecoder
 from minigold.load import LanguageModel
 from minigold.lora import SETTINGS, TENSORS, adapter_of, load_adapter, save_adapter
 from minigold.pair import Pair
+from minigold.tiers import DRIFT, drifted
 from minigold.weights import copy_tokenizer, load_decoder, save_decoder
 
 if TYPE_CHECKING:
@@ -412,6 +414,7 @@ def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     flat = [{**one, **one["versions"]} for one in (was, now)]
     for one in flat:
         one["device"] = str(one.get("device")).partition(":")[0]  # which of several does not matter
+    probes = [one.pop("teacher_probe", None) for one in flat]
     files = ("student", "teacher", "device", "prompts_sha256", "eval_prompts_sha256")
     options = {*(f.name for f in fields(Config)), *files}
     other = []
@@ -420,12 +423,23 @@ def _check_same(was: dict[str, Any], now: dict[str, Any], out: Path) -> None:
         if old != new and name not in ("versions", *FREE):
             told = option_name(name.removesuffix("_sha256")) if name in options else name
             other.append(f"{told[:80]} ({str(old)[:200]} then, {str(new)[:200]} now)")
+    drift = _drift(*probes)  # another server of one model rounds otherwise
+    if not drift <= DRIFT:
+        other.append(f"model behind --teacher ({drift:.3f} nats a token off on the probe)")
     if other:
         raise ValueError(
             f"expected the settings that the run in {out} began with, got another "
             f"{', '.join(other[:20])}; give the old ones, or start a new run in another --out (with a "
             "checkpoint's folder as --student to keep its weights)"
         )
+
+
+def _drift(then: Any, now: Any) -> float:
+    """As `drifted`; infinite if the two are not of one probe."""
+    try:
+        return 0.0 if then == now else drifted(then, now)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return math.inf
 
 
 def _read_history(out: Path, *, steps: int, n_bytes: int | None = None) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import OutOfMemoryError
+
 import minigold
 from minigold import cli_align, cli_models
 from minigold.checkpoint import check_out, read_evals
@@ -75,6 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # 128 + SIGPIPE, as a shell tells it
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"minigold: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OutOfMemoryError as error:
+        print(
+            f"minigold: expected enough memory on the device, got {str(error).splitlines()[0]}; lower "
+            "--micro-batch, --batch-size or --max-new-tokens, or use --gradient-checkpointing "
+            "(--dry-run says what is needed); what a run in --out had saved is there",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("minigold: stopped", file=sys.stderr)

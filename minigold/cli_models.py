@@ -269,7 +269,7 @@ def _eval(args: argparse.Namespace) -> None:
         )
     student = load(find_model(args.student), device=device)
     pair = make_pair(student, teacher, events=CHUNK if teacher.tier == "tokens" else "prefix")
-    check_eval_prompts(prompts, pair, config)
+    check_eval_prompts(prompts, pair, config, option="--prompts")
     if teacher.tier != "dense":
         log.info(described(teacher))  # some figures are left out
     figures = evaluate(

@@ -73,7 +73,10 @@ class Config:
         "the figure by which an evaluation is the best, whose checkpoint stays: "
         + ", ".join(BEST_BY),
     )
-    save_every: int = _opt(50, "steps between checkpoints; 0 makes one only when interrupted")
+    save_every: int = _opt(
+        50,
+        "steps between checkpoints; 0 makes one only when interrupted, or the best of --eval-prompts",
+    )
     keep: int = _opt(2, "newest checkpoints that stay; the disk needs room for one more")
     patience: int = _opt(
         3, "failed steps in a row (loss or gradient not finite) that end the run; 1 is the first"

@@ -71,6 +71,8 @@ def choose(
 ) -> Tensor:
     """Bool mask of the chunks to train, from what is known before the training pass.
 
+    What is not a number is trained, so that the step fails by it.
+
     Args:
         acceptance_C: from `acceptance`; for `weighted` from `agreement`.
         where: `all`; `sampled`: uniform u > a, which rejects with probability exactly 1 - a;
@@ -88,9 +90,9 @@ def choose(
         )
         most = 1 - LEAST if where == "weighted" else 1.0
         # u lies in [0, 1): a = 0 always trains, a = 1 never with `sampled`
-        return uniform_C >= acceptance_C.double().clamp(max=most)
+        return ~(uniform_C < acceptance_C.double().clamp(max=most))
     if where == "reject":
-        return acceptance_C < threshold
+        return ~(acceptance_C >= threshold)
     raise ValueError(f"expected one of {', '.join(KNOWN_BEFORE)}, got {where!r}")
 
 

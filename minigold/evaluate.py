@@ -28,7 +28,7 @@ from minigold.generate import said
 from minigold.load import LanguageModel
 from minigold.loss import look
 from minigold.masked import critic, starts_of
-from minigold.metrics import gap_and_bytes
+from minigold.metrics import gap_and_bytes, plain
 from minigold.offsets import EXACT, encode_continuation, text_of_ids
 from minigold.pair import Pair
 from minigold.rollout import EVAL, collect, precision, sample_answers, seeds_of
@@ -113,7 +113,13 @@ def evaluate(
         parts = np.array([row[key] for row in rows if key in row]).reshape(-1, 2)
         value, low, high = bootstrap(parts[:, 0], parts[:, 1], seed=config.seed)
         figures |= {key: value, f"{key}_low": low, f"{key}_high": high}
-    return figures
+    strange = [key for key, x in figures.items() if x is not None and not math.isfinite(x)]
+    if strange:
+        log.warning(
+            "expected numbers, got NaN or infinity for %s, which stand as null; look for such weights "
+            "on both sides", ", ".join(strange),
+        )  # fmt: skip
+    return plain(figures)
 
 
 def best_of(evals: Sequence[dict[str, Any]], best_by: str) -> dict[str, Any] | None:

@@ -51,6 +51,7 @@ class Side:
 
     Args:
         event_bytes: see `Events`.
+        end: the event of the end of turn.
         identity: the ids themselves are the events.
         event_V: int64, the event of each id; `n_events` stands for *other*, that is no event.
         column_V: int64, the same as columns of `project`.
@@ -68,6 +69,7 @@ class Side:
 
     event_bytes: tuple[bytes, ...] = field(repr=False)
     identity: bool
+    end: int
     event_V: Tensor
     column_V: Tensor
     shared_V: Tensor
@@ -87,6 +89,11 @@ class Side:
     @property
     def n_events(self) -> int:
         return len(self.event_bytes)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that are the end of turn to the loss."""
+        return (self.event_V == self.end).nonzero()[:, 0].tolist()
 
     def to(self, device: torch.device) -> Side:
         moved: dict[str, Any] = {
@@ -238,7 +245,8 @@ class Side:
 class Events:
     """The common events: `event_bytes[e]` is the spelling of event e (b"" for the end of turn).
 
-    `kind` is one of `EVENTS`, or `CHUNK`; `identical`: both sides have the same table of bytes.
+    `kind` is one of `EVENTS`, or `CHUNK`; `identical`: both sides have the same table of bytes, of which
+    the teacher's may be longer by ids without a text.
     """
 
     event_bytes: tuple[bytes, ...]
@@ -302,7 +310,8 @@ def match(
     those of `prefix`, for the audit.
 
     With the same table of bytes on both sides the events of `prefix` and `strict` are the ids
-    themselves, so that the loss is exactly GKD's. An end of the teacher's at which the student does
+    themselves, so that the loss is exactly GKD's. (Ids that the teacher alone has rows for, none of
+    them a text's, are *other*.) An end of the teacher's at which the student does
     not stop is none to learn: it goes to the student's end there too.
 
     Args:
@@ -328,10 +337,13 @@ def match(
             )
     identical = _same_table(student, teacher)
     if identical and kind != "byte":
-        names = tuple(student.token_bytes)
-        ours = _side(student, names, None)
-        ends = [i for i, role in enumerate(teacher.roles) if role == "end" and i not in stops]
-        return Events(names, ours, _ending(ours, ends, student.roles), identical, kind)
+        names, end = tuple(student.token_bytes), student.roles.index("end")
+        ours = _side(student, names, None, end=end)
+        more = len(teacher.token_bytes) > len(names)
+        theirs = _side(teacher, names, None, end=end) if more else ours
+        known = {*stops, *(i for i, role in enumerate(student.roles) if role == "end")}
+        ends = [i for i, role in enumerate(teacher.roles) if role == "end" and i not in known]
+        return Events(names, ours, _ending(theirs, ends) if ends else theirs, identical, kind)
     fold = _one_blank if kind in ("prefix", CHUNK) else bytes
     if kind == "byte":
         texts = {bytes([byte]): bytes([byte]) for byte in range(256)}
@@ -385,22 +397,31 @@ def measure(prob_NV: Tensor, logp_N: Tensor, ids_N: Tensor, side: Side) -> Measu
 
 
 def _same_table(student: Vocabulary, teacher: Vocabulary) -> bool:
-    return tuple(student.token_bytes) == tuple(teacher.token_bytes) and all(
-        a == b or {a, b} == {"end", "special"}
-        for a, b in zip(student.roles, teacher.roles, strict=True)
+    """Whether all ids of the student's are the teacher's, which may have more without a text."""
+    n = len(student.token_bytes)
+    return (
+        tuple(student.token_bytes) == tuple(teacher.token_bytes[:n])
+        and "text" not in teacher.roles[n:]
+        and all(
+            a == b or {a, b} == {"end", "special"}
+            for a, b in zip(student.roles, teacher.roles, strict=False)
+        )
     )
 
 
-def _ending(ours: Side, ends: Sequence[int], roles: Sequence[str]) -> Side:
-    """The teacher's side of the same table: its `ends` that are none of the student's are the first."""
-    others = [i for i in ends if roles[i] != "end"]
-    if not others:
-        return ours
-    event_V = ours.event_V.clone()
-    event_V[others] = roles.index("end")
+def _ending(theirs: Side, ends: Sequence[int]) -> Side:
+    """The teacher's side of the same table: at its `ends` the student's end is the event."""
+    event_V = theirs.event_V.clone()
+    event_V[ends] = theirs.end
     return replace(
-        ours, identity=False, event_V=event_V, column_V=event_V, event_of_id=event_V.numpy()
-    )
+        theirs, identity=False, event_V=event_V, column_V=_columns(event_V, theirs.n_events),
+        event_of_id=event_V.numpy(),
+    )  # fmt: skip
+
+
+def _columns(event_V: Tensor, n_events: int) -> Tensor:
+    """Of `Side.project`: what has no event is behind the observed chunk."""
+    return event_V + (event_V == n_events)
 
 
 def _texts(vocabulary: Vocabulary) -> set[bytes]:
@@ -449,11 +470,19 @@ def _side(
     *,
     alone: bool = False,
     carries: bool = False,
+    end: int | None = None,
 ) -> Side:
-    """`event_of` None: the ids are the events. `alone`: the other side's boundaries are others."""
+    """`event_of` None: the ids are the events, as far as there are `names`, and `end` is the end of turn.
+
+    `alone`: the other side's boundaries are others.
+    """
     pairs = zip(vocabulary.token_bytes, vocabulary.roles, strict=True)
     spelling = [text if role == "text" else b"" for text, role in pairs]
-    event, shared = list(range(len(spelling))), [True] * len(spelling)
+    n_ids = len(spelling)
+    event, shared = (
+        [min(i, len(names)) for i in range(n_ids)],
+        [i < len(names) for i in range(n_ids)],
+    )
     if event_of is not None:
         last = len(names) - 1
         ends = [role == "end" for role in vocabulary.roles]
@@ -469,9 +498,10 @@ def _side(
     event_V, shared_V = torch.tensor(event, dtype=torch.int64), torch.tensor(shared)
     return Side(
         event_bytes=tuple(names),
-        identity=event_of is None,
+        identity=event_of is None and n_ids == len(names),
+        end=len(names) - 1 if end is None else end,
         event_V=event_V,
-        column_V=event_V + (event_V == len(names)),
+        column_V=_columns(event_V, len(names)),
         shared_V=shared_V,
         kinds_V2=torch.stack([shared_V, event_V == len(names)], dim=1).float(),
         spelling=spelling,

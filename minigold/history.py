@@ -141,7 +141,12 @@ def _cases(path: Path) -> tuple[list[list[Sample]], int]:
 
 
 def _likeliest(text: Any, prob: Any) -> tuple[str, float]:
-    return str(text), float(prob)
+    return str(text), _share(prob)
+
+
+def _share(value: Any) -> float:
+    """0 for what was no number, in a step that failed."""
+    return 0.0 if value is None else float(value)
 
 
 def _sample(path: Path, line: _Line) -> Sample:
@@ -161,7 +166,7 @@ def _sample(path: Path, line: _Line) -> Sample:
             [index(i) for i in row["teacher_ids"]],
             [(index(a), index(b)) for a, b in row["student_spans"]],
             [Chunk(*map(index, chunk)) for chunk in row["chunks"]],
-            [float(a) for a in row["acceptance"]],
+            [_share(a) for a in row["acceptance"]],
             [bool(x) for x in row["trained"]],
             [one if one is None else _likeliest(*one) for one in row["teacher_best"]],
             {k: v for k, v in row.items() if k in SHOWN or k not in (*COLUMNS, *RESERVED)},

@@ -24,7 +24,7 @@ from minigold.carry import Reading
 from minigold.data import own_file, read_object
 from minigold.load import Speaker, load_speaker, resolve
 from minigold.teacher import Told
-from minigold.tiers import Teller
+from minigold.tiers import DRIFT, Teller, drifted
 from minigold.wire import ServerError, Wire, wire_to
 
 __all__ = ["HTTPTeacher", "is_address", "open_server"]
@@ -33,7 +33,6 @@ log = logging.getLogger("minigold")
 PROBE = "The fox's 12 internals:\n  x = [a, b];\tnaïve 你好 🙂"
 SLACK = 1e-3  # by which rounding lifts a log-probability over 0, or a sum of probabilities over 1
 STAND_IN = -9000.0  # below it stands what JSON cannot say: vLLM writes -9999 for -inf
-DRIFT = 0.2  # nats a token, on the probe: more is another model, less is rounding
 ENTRY = 1024  # bytes of one token in an answer, at most
 LONGEST = 10**6  # seconds of a time-out: a socket's ends after 2**31 ms
 INFO = 2**22  # bytes of an answer that is no list of tokens
@@ -73,7 +72,8 @@ class HTTPTeacher(Teller):
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {**super().facts, "teacher_server": self.kind}
+        said = [round(x, 4) for x in self.known]
+        return {**super().facts, "teacher_server": self.kind, "teacher_probe": said}
 
     def places(
         self, prompt_ids: Sequence[int], ids: Sequence[int], *, patience: float | None = None
@@ -116,7 +116,7 @@ class HTTPTeacher(Teller):
         """The server says of the probe what it said at the start."""
         ids, places = self.probe()
         now = [place[i] for place, i in zip(places, ids[1:], strict=True)]
-        drift = sum(abs(a - b) for a, b in zip(now, self.known, strict=True)) / len(now)
+        drift = drifted(self.known, now)
         if not drift <= DRIFT:
             raise ServerError(
                 f"expected {self.wire.url} to serve the model that it served at the start, got "

@@ -9,6 +9,7 @@ the weights and `chat.py` renders the template.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import logging
 import re
@@ -94,14 +95,17 @@ class LanguageModel(Speaker):
     ) -> list[Score]:
         """See `teacher.score`."""
         return score(
-            self.decoder, readings, end_ids=self.eos_ids, side=side, micro_batch=micro_batch,
+            self.decoder, readings, end_ids=side.end_ids, side=side, micro_batch=micro_batch,
             temperature=temperature, other_paths=True,
         )  # fmt: skip
 
     @property
     def facts(self) -> dict[str, Any]:
         """What of a teacher the numbers of a run follow from, beside its name."""
-        return {"teacher_dtype": str(self.decoder.dtype).removeprefix("torch.")}
+        return {
+            "teacher_dtype": str(self.decoder.dtype).removeprefix("torch."),
+            "teacher_weights_sha256": _fingerprint(self.decoder),
+        }
 
 
 def load(
@@ -131,6 +135,16 @@ def load(
         load_adapter(decoder, place)
     decoder.n_tokens = speaker.n_tokens  # the head gives no logits for rows of padding
     return LanguageModel(**vars(speaker), decoder=decoder)
+
+
+def _fingerprint(decoder: torch.nn.Module) -> str:
+    """Of 16 values or so of each parameter: tells checkpoints apart, and does not read them whole."""
+    found = hashlib.sha256()
+    for name, parameter in decoder.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // 16)]
+        found.update(name.encode() + some.double().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def load_speaker(

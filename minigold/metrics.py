@@ -32,6 +32,7 @@ __all__ = ["audit", "gap_and_bytes", "plain", "sample_rows", "step_metrics"]
 log = logging.getLogger("minigold")
 OTHER_LIMIT = 0.02
 NONCANONICAL_LIMIT = 0.1
+ANSWERS = 8  # of fewer nothing is said
 OVERHANG_SHOWN = 0.2
 RUN = 4  # tokens in a row that `repetition` looks for again
 
@@ -44,11 +45,13 @@ def step_metrics(
     loss: float,
     work_saved: float,
     clock: Sequence[float],
+    device: torch.device,
 ) -> dict[str, Any]:
     """All keys of a line of metrics.jsonl but `step`, `grad_norm` and `lr`.
 
     Args:
         clock: seconds at the start, after sampling, after the teacher, after training.
+        device: whose peak of memory is told.
     """
     chunks = [r.chunks for r in rollouts]
     n_chunks = sum(len(c.s0) for c in chunks)
@@ -79,7 +82,7 @@ def step_metrics(
         "seconds_sample": clock[1] - clock[0],
         "seconds_teacher": clock[2] - clock[1],
         "seconds_train": clock[3] - clock[2],
-        "peak_memory_gib": _peak_memory(),
+        "peak_memory_gib": _peak_memory(device),
     }
 
 
@@ -157,12 +160,23 @@ def audit(rollouts: Sequence[Rollout], events: Events) -> str:
     lines.append(
         f"  chunks: {one_to_one:.4f} one to one, {over:.4f} start under longer tokens of one side"
     )
-    strange = _noncanonical([r for r in rollouts if r.answer.on_policy]) or 0.0
+    sampled = [r for r in rollouts if r.answer.on_policy]
+    _warn_of_cut(sampled)
+    strange = _noncanonical(sampled) or 0.0
     if strange > NONCANONICAL_LIMIT:
         log.warning("%.0f %% of the sampled tokens are unusual spellings", 100 * strange)
     text = "\n".join(lines)
     log.info(text)
     return text
+
+
+def _warn_of_cut(sampled: Sequence[Rollout]) -> None:
+    if len(sampled) >= ANSWERS and not any(r.answer.finished for r in sampled):
+        log.warning(
+            "none of %d answers ended by itself within %d tokens: cut answers teach no end; raise "
+            "--max-new-tokens, or check the student's template and end-of-turn ids",
+            len(sampled), max(len(r.answer.ids) for r in sampled),
+        )  # fmt: skip
 
 
 def plain(value: Any) -> Any:
@@ -263,9 +277,9 @@ def gap_and_bytes(rollout: Rollout) -> tuple[float, int]:
     return float(gap_C[text_C].sum()), int(bytes_C[text_C].sum())
 
 
-def _peak_memory() -> float:
+def _peak_memory(device: torch.device) -> float:
     """Of the device if it is CUDA, else of the process; GiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -28,7 +28,19 @@ from minigold.load import LanguageModel, Speaker
 from minigold.sample import completion_states, pad
 from minigold.teacher import Score, Told, score_of
 
-__all__ = ["TIERS", "Limited", "Teacher", "Teller", "check_tier", "described", "limited"]
+__all__ = [
+    "DRIFT",
+    "TIERS",
+    "Limited",
+    "Teacher",
+    "Teller",
+    "check_tier",
+    "described",
+    "drifted",
+    "limited",
+]
+
+DRIFT = 0.2  # nats a token, on a server's probe: more is another model, less is rounding
 
 TIERS = {
     "tokens": "it says the log-probability of the tokens that it is given, and no more",
@@ -55,6 +67,11 @@ class Teacher(Reader, Protocol):
     def read(
         self, readings: Sequence[Reading], *, side: Side, micro_batch: int, temperature: float
     ) -> list[Score]: ...
+
+
+def drifted(then: Sequence[float], now: Sequence[float]) -> float:
+    """Mean of the differences, in nats a token, of what a server said of its probe."""
+    return sum(abs(a - b) for a, b in zip(then, now, strict=True)) / len(now)
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,7 @@ class Teller(Speaker):
         self.check_lengths(readings)
         told = self.tell(readings, micro_batch=micro_batch)
         return [
-            score_of(one, reading, end_ids=self.eos_ids, side=side)
+            score_of(one, reading, end_ids=side.end_ids, side=side)
             for one, reading in zip(told, readings, strict=True)
         ]
 
@@ -128,6 +145,10 @@ class Limited(Teller):
     """A model in process that says no more than a lower tier: what a server of it would say."""
 
     model: LanguageModel
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts, **self.model.facts}
 
     @torch.no_grad()
     def tell(self, readings: Sequence[Reading], *, micro_batch: int) -> list[Told]:

@@ -66,7 +66,7 @@ def distill(
     config: Config | None = None,
     *,
     eval_prompts: Sequence[Prompt] = (),
-    out: Path | None = None,
+    out: Path | str | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
     on_eval: Callable[[dict[str, Any]], None] | None = None,
@@ -94,7 +94,7 @@ def distill(
             weights are those before), or a weight is not.
         OSError: the disk is full; the last checkpoint stays good.
     """
-    config = config or Config()
+    config, prompts, eval_prompts = config or Config(), list(prompts), list(eval_prompts)
     if resume and out is None:
         raise ValueError("expected `out` with `resume`, got none; name the folder of the run")
     check_adapter(student, config)
@@ -103,16 +103,12 @@ def distill(
     check_prompts(prompts, pair, config)
     check_kept(pair, prompts, config, eval_prompts=eval_prompts)
     check_eval_prompts(eval_prompts, pair, config)
-    student.decoder.cuda_graphs = config.cuda_graphs
-    student.decoder.checkpointing = config.gradient_checkpointing
-    student.decoder.train()
-    choose_trained(student, config)
-    _present(teacher)
+    _prepare(student, teacher, prompts, config)
     optimizer = adamw(student.decoder, config)
     run = None
     if out:
         run = open_run(
-            out, pair, optimizer, prompts, config, resume=resume, eval_prompts=eval_prompts
+            Path(out), pair, optimizer, prompts, config, resume=resume, eval_prompts=eval_prompts
         )
     history = run.history if run else []
     evaluate_now = _evaluator(pair, eval_prompts, config, run, on_eval)
@@ -141,10 +137,28 @@ def distill(
     return history
 
 
-def _present(teacher: Teacher) -> None:
+def _prepare(
+    student: LanguageModel, teacher: Teacher, prompts: Sequence[Prompt], config: Config
+) -> None:
+    """Says who teaches, and leaves both as a run needs them."""
+    if getattr(getattr(teacher, "model", teacher), "decoder", None) is student.decoder:
+        raise ValueError(
+            "expected a teacher with weights of its own, got the student's, which are trained; load it "
+            "twice"
+        )
+    student.decoder.cuda_graphs = config.cuda_graphs
+    student.decoder.checkpointing = config.gradient_checkpointing
+    student.decoder.train()
+    choose_trained(student, config)
     log.info(described(teacher))
     if isinstance(teacher, LanguageModel):
         teacher.decoder.eval()
+    without = sum(p.completion is None for p in prompts)
+    if config.lmbda < 1 and without:
+        log.warning(
+            "%d of %d prompts have no `completion`, and are answered by the student whatever --lmbda %g "
+            "says", without, len(prompts), config.lmbda,
+        )  # fmt: skip
 
 
 def _evaluator(
@@ -297,7 +311,13 @@ def take_step(
     accepted = [acceptance_of(r).numpy() for r in rollouts]
     trained = result.trained
     numbers = measured.step_metrics(
-        rollouts, trained, config, loss=result.loss, work_saved=result.work_saved, clock=clock
+        rollouts,
+        trained,
+        config,
+        loss=result.loss,
+        work_saved=result.work_saved,
+        clock=clock,
+        device=pair.student.decoder.device,
     )
     extra = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
     row = measured.plain({"step": number, **numbers, **extra})
@@ -317,6 +337,11 @@ def check_prompts(
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
+    strange = [type(p).__name__ for p in prompts if not isinstance(p, Prompt)]
+    if strange:
+        raise ValueError(
+            f"expected prompts as data.read_prompts gives them, or data.Prompt(text), got {strange[0]}"
+        )
     device = device or pair.student.decoder.device
     if config.cuda_graphs and device.type != "cuda":
         raise ValueError(
@@ -341,9 +366,17 @@ def check_prompts(
 
 
 def check_eval_prompts(
-    prompts: Sequence[Prompt], pair: Pair, config: Config, *, device: torch.device | None = None
+    prompts: Sequence[Prompt],
+    pair: Pair,
+    config: Config,
+    *,
+    device: torch.device | None = None,
+    option: str = "--eval-prompts",
 ) -> None:
     """Refuses prompts on which an evaluation could not run, or not give the figure `best_by`.
+
+    Args:
+        option: which says where they are.
 
     Raises:
         ValueError: one that does not fit, or settings that need others.
@@ -371,7 +404,7 @@ def check_eval_prompts(
     try:
         check_prompts(prompts, pair, replace(config, lmbda=0.0 if reads else 1.0), device=device)
     except ValueError as error:
-        raise ValueError(f"--eval-prompts: {error}") from error
+        raise ValueError(f"{option}: {error}") from error
 
 
 def check_adapter(student: LanguageModel, config: Config) -> None:

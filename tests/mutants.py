@@ -649,9 +649,16 @@ MUTANTS = (
     # a student with the teacher's tokenizer learns an end at which it does not stop
     Mutant(
         "minigold/events.py",
-        "    if not others:\n        return ours\n",
-        "    if others:\n        return ours\n",
+        "_ending(theirs, ends) if ends else theirs",
+        "theirs",
         "tests/test_train.py",
+    ),
+    # the end's probability is that of ends that are ids of their own, too
+    Mutant(
+        "minigold/load.py",
+        "end_ids=side.end_ids",
+        "end_ids=self.eos_ids",
+        "tests/test_masked.py",
     ),
     # ... or loses one at which it does
     Mutant("minigold/pair.py", ", stops=student.eos_ids)", ")", "tests/test_train.py"),

@@ -358,6 +358,7 @@ def test_a_run_leaves_its_settings_metrics_samples_and_student(out: Path, traine
     config = json.loads((out / "config.json").read_text("utf-8"))
     names = {f.name for f in fields(Config)}
     models = {"student", "teacher", "student_dtype", "teacher_dtype", "device"}
+    models.add("teacher_weights_sha256")
     assert set(config) == {*names, *models, "prompts_sha256", "eval_prompts_sha256", "versions"}
     assert (config["steps"], config["lr"], config["seed"], config["lmbda"]) == (2, 0.01, 5, 0.7)
     assert config["versions"]["minigold"] == minigold.__version__

@@ -98,6 +98,22 @@ def test_the_same_table_makes_ids_the_events() -> None:
     assert events.student.shared_V.all()
 
 
+def test_a_teacher_with_more_ids_has_the_students_table_too() -> None:
+    """Gemma 3 at 4 billion has a row for one special id more than at 270 million."""
+    student = Vocabulary((b".", b"a", b"", b""), ("text", "text", "special", "end"))
+    more = ("text", "text", "end", "end", "special", "none", "end")
+    teacher = Vocabulary((b".", b"a", b"", b"", b"", b"", b""), more)
+    events = match(student, teacher, stops=[2])
+    assert events.identical and events.student.identity and not events.teacher.identity
+    assert events.teacher.event_V.tolist() == [0, 1, 2, 3, 4, 4, 3]
+    assert events.student.end_ids == [3] and events.teacher.end_ids == [3, 6]
+    law_NX = events.teacher.project(torch.tensor([[0.1, 0.2, 0.1, 0.05, 0.3, 0.2, 0.05]]))
+    torch.testing.assert_close(law_NX, torch.tensor([[0.1, 0.2, 0.1, 0.1, 0.0, 0.5]]))
+    assert not match(teacher, student).identical, "the teacher could not read all of the student's"
+    text = Vocabulary((*student.token_bytes, b"b"), (*student.roles, "text"))
+    assert not match(student, text).identical
+
+
 def test_roles_other_than_text_have_no_event() -> None:
     student = Vocabulary((b"a", b"", b"", b""), ("text", "special", "end", "none"))
     teacher = Vocabulary((b"a", b"<think>", b"", b""), ("text", "text", "end", "end"))

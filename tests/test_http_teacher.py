@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import minigold as mg
 from minigold import wire
 from minigold.carry import Reading
 from minigold.events import CHUNK
@@ -538,6 +540,30 @@ def test_another_model_behind_the_same_address_is_refused(
             ServerError, match="to serve the model that it served at the start, got"
         ):
             teacher.tell(READINGS, micro_batch=1)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_goes_on_with_the_model_that_it_began_with(
+    model: LanguageModel, folder: Path, tmp_path: Path, other: bool
+) -> None:
+    """A server may have another one by then, under the same name and with the same tokenizer."""
+    prompts = [mg.data.Prompt("hello", line=1)]
+    config = mg.Config(steps=2, batch_size=1, max_new_tokens=4, student_plain=True,
+                       teacher_plain=True, save_every=1, warmup=0)  # fmt: skip
+    student, out = tmp_path / "student", tmp_path / "run"
+    tiny_folder(student, "llama", sentencepiece_bpe(), end="</s>")
+    with serving(model) as server:
+        told = functools.partial(open_server, server.url, folder, top_k=4, **FAST)
+        distill(load(student), told(), prompts, config, out=out, stop=lambda: True)
+        if other:
+            server.model = tiny_model("llama", byte_bpe(), end="<|im_end|>", seed=9)
+        again = functools.partial(distill, load(student), told(), prompts, config)
+        if other:
+            told_so = r"model behind --teacher \(\d\.\d{3} nats a token off"
+            with pytest.raises(ValueError, match=told_so):
+                again(out=out, resume=True)
+        else:
+            assert len(again(out=out, resume=True)) == 2
 
 
 def test_rounding_is_not_another_model(model: LanguageModel, folder: Path) -> None:

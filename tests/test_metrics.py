@@ -117,6 +117,7 @@ def metrics_of(
         loss=0.25,
         work_saved=0.75,
         clock=[10.0, 11.5, 14.0, 14.25],
+        device=torch.device("cpu"),
     )
 
 

@@ -855,6 +855,7 @@ def test_other_settings_are_refused_by_name(
         ("device", "cuda:1", r"--device \(cuda then, cpu now\)"),
         ("student_dtype", "bfloat16", r"student_dtype \(bfloat16 then, float32 now\)"),
         ("teacher_dtype", "bfloat16", r"teacher_dtype \(bfloat16 then, float32 now\)"),
+        ("teacher_weights_sha256", "0", r"teacher_weights_sha256 \(0 then, \w{64} now\)"),
         ("prompts_sha256", "0", r"--prompts \(0 then, \w{64} now\)"),
         ("eval_prompts_sha256", "0", r"--eval-prompts \(0 then, None now\)"),
         ("later", 1, r"later \(1 then, None now\)"),

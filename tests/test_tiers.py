@@ -332,7 +332,7 @@ def test_chunks_alone_need_no_more_than_the_tokens(kind: str) -> None:
             rollouts = [r for r in rollouts if not r.answer.finished]
         masks = comparable(rollouts, pair)
         assert all(
-            (mask == (r.observed_C & r.starts_C)).all()
+            (mask == (r.observed_C & r.starts_C & r.scorable_C)).all()
             for mask, r in zip(masks, rollouts, strict=True)
         )
         for (

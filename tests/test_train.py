@@ -6,6 +6,8 @@ import json
 import math
 import re
 from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from minigold.batch import Rollout, answer_of, needed_states, pack
 from minigold.carry import Carried, Reading
 from minigold.config import Config
 from minigold.data import Prompt
-from minigold.load import LanguageModel
+from minigold.load import LanguageModel, load
 from minigold.loss import (
     BEFORE,
     FIRST,
@@ -31,13 +33,16 @@ from minigold.loss import (
     divergence,
 )
 from minigold.masked import train_pass
+from minigold.metrics import _warn_of_cut
 from minigold.offsets import BROKEN, CUT, SPECIAL, encode_continuation
 from minigold.pair import Pair, make_pair
 from minigold.rollout import collect, sample_answers
 from minigold.teacher import score
+from minigold.tiers import limited
 from minigold.train import adamw, batches_of, distill, learning_rate, take_step
 from reference_losses import gkd
 from shape_suffix import ShapeSuffixes
+from tiny_folders import tiny_folder
 from tiny_models import FAMILIES, new_decoder, tiny_model
 from tokenizers_for_tests import byte_bpe, byte_bpe_lossy, sentencepiece_bpe, unigram
 
@@ -596,7 +601,7 @@ def test_an_end_that_is_none_to_the_student_is_its_own_end(also: tuple[str, ...]
         teacher_NV = teacher_NV.log_softmax(-1).index_copy(
             1, torch.tensor(ends), torch.stack([mean_N, torch.full_like(mean_N, -80.0)], 1)
         )
-        want = teacher.decoder.head.logits(hidden)[-1].log_softmax(-1)[list(teacher.eos_ids)]
+        want = teacher.decoder.head.logits(hidden)[-1].log_softmax(-1)[ends]
         assert r.teacher_logp_C[-1] == pytest.approx(want.logsumexp(-1).item(), abs=1e-5)
         total = total + gkd(student_NV, teacher_NV, 0.0).sum()
         count += len(a.ids)
@@ -733,6 +738,54 @@ def test_weights_that_lose_small_steps_are_warned_about(
     distill(student, teacher, PROMPTS, dataclasses.replace(CONFIG, steps=1))
     told = "the trained weights are bfloat16, in which most steps of --lr"
     assert (told in caplog.text) == (dtype == torch.bfloat16)
+
+
+def test_a_teacher_that_would_be_trained_is_refused() -> None:
+    student, _ = fresh_pair()
+    for teacher in (student, limited(student, 3)):
+        with pytest.raises(
+            ValueError, match="a teacher with weights of its own, got the student's"
+        ):
+            distill(
+                student, teacher, PROMPTS, dataclasses.replace(CONFIG, events="prefix", steps=1)
+            )
+
+
+@pytest.mark.parametrize("given", [["a"], [{"prompt": "a"}], "a"])
+def test_other_things_than_prompts_are_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"as data.read_prompts gives them, .*, got (str|dict)"):
+        distill(*fresh_pair(), given, CONFIG)
+
+
+def test_prompts_may_be_read_once_and_the_folder_a_string(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=2)
+    student = tiny_folder(tmp_path / "student", "gemma3_text", sentencepiece_bpe(), end="</s>")
+    history = distill(
+        load(student), fresh_pair()[1], iter(PROMPTS), config, out=str(tmp_path / "run")
+    )
+    assert len(history) == 2 and (tmp_path / "run" / "final").is_dir()
+
+
+@pytest.mark.parametrize(("lmbda", "told"), [(0.0, True), (0.5, True), (1.0, False)])
+def test_prompts_without_a_fixed_answer_are_counted(
+    lmbda: float, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [dataclasses.replace(PROMPTS[0], completion=" fox"), *PROMPTS[1:]]
+    distill(*fresh_pair(), prompts, dataclasses.replace(CONFIG, steps=1, lmbda=lmbda))
+    assert ("5 of 6 prompts have no `completion`" in caplog.text) == told
+
+
+@pytest.mark.parametrize(("n", "stops", "told"), [(8, (), True), (7, (), False), (8, (5,), False)])
+def test_answers_that_are_all_cut_are_warned_about(
+    n: int, stops: tuple[int, ...], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = SimpleNamespace(on_policy=True, finished=False, ids=[1, 2, 3])
+    rollouts = [SimpleNamespace(answer=answer) for _ in range(n)]
+    for i in stops:
+        ended = SimpleNamespace(on_policy=True, finished=True, ids=[1])
+        rollouts[i] = SimpleNamespace(answer=ended)
+    _warn_of_cut(rollouts)
+    assert ("none of 8 answers ended by itself within 3 tokens" in caplog.text) == told
 
 
 def test_the_teacher_stays_as_it_is() -> None:

@@ -19,6 +19,7 @@ from minigold.checkpoint import checkpoints_of
 from minigold.config import Config
 from minigold.masked import Pass
 from minigold.metrics import _repetition, plain
+from minigold.report import write_report
 from minigold.train import Step, adamw, distill
 from minigold.watch import WINDOW, collapses, failed_in_a_row, finite
 from tiny_folders import tiny_folder
@@ -213,6 +214,25 @@ def test_moments_stay_as_they_are_at_a_failed_step(
     run(work, dataclasses.replace(CONFIG, steps=2))
     steps = [{float(state["step"]) for state in one.state.values()} for one in made]
     assert steps == [{2.0}, {1.0}]
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+@pytest.mark.parametrize("where", ["all", "weighted", "sampled", "reject", "divergence", "soft-or"])
+def test_weights_that_are_no_numbers_end_the_run(
+    work: Path, tmp_path: Path, where: str, broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mask leaves no chunk out because it knows nothing of it."""
+    sides = {name: mg.load(work / name) for name in ("student", "teacher")}
+    with torch.no_grad():
+        sides[broken].decoder.model.layers[-1].mlp.up_proj.weight[1, 1] = math.nan
+    prompts = [mg.data.Prompt("hello", line=1)]
+    config = dataclasses.replace(CONFIG, where=where, patience=2)
+    with pytest.raises(FloatingPointError, match="step 2: expected a finite loss"):
+        distill(**sides, prompts=prompts, config=config, out=tmp_path, eval_prompts=prompts)
+    assert "got NaN or infinity for reverse_kl_per_byte" in caplog.text
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text("utf-8").splitlines()]
+    assert rows[0]["reverse_kl_per_byte"] is None
+    assert write_report(tmp_path).is_file()
 
 
 # ---------------------------------------------------------------------------------- collapses
