@@ -121,8 +121,10 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder or hub name, or a file is missing in it.
-        ValueError: a file that cannot be read or used, or no id that ends an answer.
+        ValueError: a file that cannot be read or used, no id that ends an answer, a device that is not
+            there or another kind of numbers.
     """
+    _check_place(device, dtype)
     place = folder = resolve(name)
     base = _base_of(folder) if (folder / SETTINGS).is_file() else None
     if base and not (folder / "tokenizer.json").is_file():
@@ -135,6 +137,16 @@ def load(
         load_adapter(decoder, place)
     decoder.n_tokens = speaker.n_tokens  # the head gives no logits for rows of padding
     return LanguageModel(**vars(speaker), decoder=decoder)
+
+
+def _check_place(device: torch.device | str, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"expected dtype torch.float32, torch.bfloat16 or another, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(f"expected a device of this machine, got {device} ({reason})") from error
 
 
 def _fingerprint(decoder: torch.nn.Module) -> str:

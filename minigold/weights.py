@@ -158,6 +158,8 @@ def read_tensors(
                     yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
                 else:
                     yield name, file.get_tensor(name).to(dtype)
+    except torch.OutOfMemoryError:
+        raise
     except (SafetensorError, RuntimeError) as error:  # the latter is torch's: sizes past 2**63
         raise ValueError(
             f"expected a whole safetensors file {path}, got {str(error)[:200]}; download it again"

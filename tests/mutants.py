@@ -593,8 +593,8 @@ MUTANTS = (
     # the mask is flipped
     Mutant(
         "minigold/disagree.py",
-        "return uniform_C >= acceptance_C",
-        "return uniform_C < acceptance_C",
+        "return ~(uniform_C < acceptance_C",
+        "return (uniform_C < acceptance_C",
         "tests/test_disagree.py",
     ),
     # the smallest are trained
@@ -1147,6 +1147,34 @@ MUTANTS = (
         "if now < 0.02 and was > 0.1:",
         "if now < 0.02:",
         "tests/test_watch.py",
+    ),
+    # what is no number is left out
+    Mutant(
+        "minigold/disagree.py",
+        "return ~(acceptance_C >= threshold)",
+        "return acceptance_C < threshold",
+        "tests/test_watch.py",
+    ),
+    # another teacher goes on with a run
+    Mutant(
+        "minigold/checkpoint.py",
+        "if not drift <= DRIFT:",
+        "if drift < 0:",
+        "tests/test_http_teacher.py",
+    ),
+    # a token over a whole chunk is carried and no part of it
+    Mutant(
+        "minigold/loss.py",
+        "whole_J = over_J >= sum(map(len, groups))",
+        "whole_J = over_J < 0",
+        "tests/test_loss.py",
+    ),
+    # half a character before an end is given the whole characters
+    Mutant(
+        "minigold/events.py",
+        "if not all(self.spelling[i] for i, _ in path):",
+        "if not path:",
+        "tests/test_loss.py",
     ),
     # a student that never knew a word is one that forgot them
     Mutant(

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from minigold.chat import prompt_ids
 from minigold.load import LanguageModel, load, resolve
+from minigold.weights import read_tensors
 from tiny_folders import CHATML, TURNS, edit_json, tiny_folder
 from tokenizers_for_tests import byte_bpe, sentencepiece_bpe
 
@@ -435,6 +436,31 @@ def test_without_the_hub_client_it_says_what_to_install(monkeypatch: pytest.Monk
         FileNotFoundError, match=r"no folder owner/name; .* pip install huggingface_hub"
     ):
         resolve("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": "nowhere"}, r"expected a device of this machine, got nowhere \("),
+        ({"device": "cuda:99"}, r"expected a device of this machine, got cuda:99 \("),
+        ({"dtype": "bfloat16"}, r"expected dtype torch.float32, .* got 'bfloat16'"),
+        ({"dtype": torch.int8}, r"expected dtype torch.float32, .* got torch.int8"),
+    ],
+)
+def test_another_place_is_refused(folder: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(folder, **given)
+
+
+def test_too_little_memory_is_no_broken_download(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_tensor: torch.Tensor, _dtype: torch.dtype) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        list(read_tensors(folder / "model.safetensors", device="cpu", dtype=torch.bfloat16))
 
 
 def test_a_model_is_plain_data(folder: Path) -> None:
