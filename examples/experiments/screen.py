@@ -79,7 +79,7 @@ class Task:
 TASKS = {
     "tiny": Task(make, BASE, LR, resumes=False),
     "skill": Task(make_skill, SKILL),
-    "behaviour": Task(make_behaviour, BEHAVIOUR, {"fine-tuned": 1e-5}),
+    "behaviour": Task(make_behaviour, BEHAVIOUR, {"fine-tuned": 1e-5, "beta-0.1": 5e-5}),
 }
 
 
