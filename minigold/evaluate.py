@@ -77,7 +77,7 @@ def evaluate(
 
     The student answers every prompt once at temperature 1, and greedily where there is an `answer`.
     None stands where nothing was there to measure. The same seed draws the same answers whatever
-    the batch size is, and none that a training step draws. Nothing is trained, and the student
+    the batch size is (but for rounding, which in bfloat16 changes some), and none that a training step draws. Nothing is trained, and the student
     comes back in the mode (train or eval) that it was in.
 
     Args:

@@ -111,10 +111,18 @@ class Side:
         Returns:
             prob_NX: `n_events + 2` columns: the events, an empty column for the observed chunk,
             and *other*; rows sum to 1.
+
+        Raises:
+            ValueError: predictions over another number of ids.
         """
+        n, v = prob_NV.shape
+        if v != len(self.event_V):
+            raise ValueError(
+                f"expected predictions over {len(self.event_V)} ids, got {v}; leave out the embedding's "
+                f"rows of padding, as in logits[..., :{len(self.event_V)}]"
+            )
         if self.identity:
             return torch.nn.functional.pad(prob_NV, (0, 2)).add_(floor)
-        n, v = prob_NV.shape
         floor_NX = prob_NV.new_full((n, self.n_events + 2), floor)
         return floor_NX.scatter_add_(1, self.column_V.expand(n, v), prob_NV)
 

@@ -89,6 +89,15 @@ def test_equal_bytes_add_up() -> None:
     assert events.teacher.project(prob_NW).tolist() == [[0.75, 0.125, 0.125, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("more", [-1, 1, 64])
+@pytest.mark.parametrize("teacher", [("a", "b"), ("a", "c")])
+def test_predictions_over_other_ids_are_refused(more: int, teacher: tuple[str, ...]) -> None:
+    """Models of `transformers` give logits for the embedding's rows of padding, too."""
+    side = match(words("a", "b"), words(*teacher)).student
+    with pytest.raises(ValueError, match=rf"over 3 ids, got {3 + more}; .* logits\[..., :3\]"):
+        side.project(torch.ones(2, 3 + more))
+
+
 def test_the_same_table_makes_ids_the_events() -> None:
     student = Vocabulary((b".", b".", b"", b"", b""), ("text", "text", "special", "end", "unknown"))
     teacher = Vocabulary((b".", b".", b"", b"", b""), ("text", "text", "end", "special", "unknown"))
