@@ -1153,7 +1153,7 @@ MUTANTS = (
         "minigold/disagree.py",
         "return ~(acceptance_C >= threshold)",
         "return acceptance_C < threshold",
-        "tests/test_watch.py",
+        "tests/test_disagree.py",
     ),
     # another teacher goes on with a run
     Mutant(

@@ -4,7 +4,15 @@
 import pytest
 import torch
 
-from minigold.disagree import LEAST, acceptance, choose, weights
+from minigold.disagree import KNOWN_BEFORE, LEAST, acceptance, choose, weights
+
+
+@pytest.mark.parametrize("where", KNOWN_BEFORE)
+def test_what_is_no_number_is_trained(where: str) -> None:
+    """So that the step fails by it, and does not go on with the rest."""
+    acceptance_C = torch.tensor([1.0, torch.nan, 1.0])
+    generator = torch.Generator().manual_seed(0)
+    assert choose(acceptance_C, where=where, threshold=0.5, generator=generator)[1]
 
 
 def test_acceptance_is_the_clipped_ratio_and_zero_where_unscorable() -> None:
