@@ -326,9 +326,9 @@ def test_chunk_losses_equal_the_slow_version(seed: int, beta: float) -> None:
 def test_tokens_from_before_a_chunk_over_its_end_are_in_it(seed: int, beta: float) -> None:
     """`hel` is `h`, and then the whole chunk `e`, and more."""
     g = torch.Generator().manual_seed(seed)
-    rows = random_rows(6, 4, 6, OVER.n_events, seed=seed)
+    rows = random_rows(40, 3, 6, OVER.n_events, seed=seed)
     student_NV = torch.randn(len(rows.student.chunk_N), 8, generator=g)
-    teacher_CW = torch.randn(6, 6, generator=g)
+    teacher_CW = torch.randn(40, 6, generator=g)
     got_C = chunk_losses(student_NV, teacher_CW, rows=rows, events=OVER, beta=beta)
     slow = slow_losses(student_NV, teacher_CW, rows, beta, (STUDENT_OVER, TEACHER_OVER))
     torch.testing.assert_close(got_C, torch.tensor(slow), atol=2e-5, rtol=2e-5)
