@@ -28,7 +28,8 @@ class Store(NamedTuple):
 
     def put(self, key_BGSE: Tensor, value_BGSE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new tokens, rounded to the cache's precision; returns all."""
-        key_BGSE, value_BGSE = key_BGSE.to(self.keys_BGJE), value_BGSE.to(self.keys_BGJE)
+        dtype = self.keys_BGJE.dtype
+        key_BGSE, value_BGSE = key_BGSE.to(dtype), value_BGSE.to(dtype)
         if self.column_1 is not None:
             self.keys_BGJE.index_copy_(2, self.column_1, key_BGSE)
             self.values_BGJE.index_copy_(2, self.column_1, value_BGSE)

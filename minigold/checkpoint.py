@@ -438,7 +438,7 @@ def _drift(then: Any, now: Any) -> float:
     """As `drifted`; infinite if the two are not of one probe."""
     try:
         return 0.0 if then == now else drifted(then, now)
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError):
         return math.inf
 
 

@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OutOfMemoryError as error:
         print(
-            f"minigold: expected enough memory on the device, got {str(error).splitlines()[0]}; lower "
-            "--micro-batch, --batch-size or --max-new-tokens, or use --gradient-checkpointing "
+            f"minigold: expected enough memory on the device, got {' '.join(str(error).split())[:200]}; "
+            "lower --micro-batch, --batch-size or --max-new-tokens, or use --gradient-checkpointing "
             "(--dry-run says what is needed); what a run in --out had saved is there",
             file=sys.stderr,
         )

@@ -73,7 +73,7 @@ def _generate_options(commands: Any) -> None:
     generate.add_argument("--seed", type=int, default=0, metavar="int",
                           help="of sampling (default 0)")  # fmt: skip
     generate.add_argument("--batch-size", type=int, metavar="int", help=(
-        "prompts at a time, with --prompts; changes no seed, but what is rounded (default: 16)"))  # fmt: skip
+        "prompts at a time, with --prompts; answers are the same but for rounding (default: 16)"))  # fmt: skip
     _device_options(generate, "of the model's weights")
     generate.add_argument("--plain-prompt", action="store_true", help=(
         "the prompt as it is, to be continued, as models without a chat template read it anyway "
@@ -108,7 +108,7 @@ def _eval_options(commands: Any) -> None:
                      help="evaluate on the first so many prompts (default: all)")  # fmt: skip
     for name, text in (
         ("max-new-tokens", "of an answer, the stop included"),
-        ("batch-size", "prompts at a time; changes no seed, but what is rounded"),
+        ("batch-size", "prompts at a time; answers are the same but for rounding"),
         ("micro-batch", "rows in one forward pass"),
         ("seed", "of sampling and of the intervals"),
     ):

@@ -226,8 +226,9 @@ def layer_saved_bytes(
     its sums, but no table of scores; the MLP four tensors of width M (what the gate gave, before and
     after the activation; what `up_proj` gave; their product). Norms of heads and Gemma's norms after
     the blocks keep their inputs alike. A window that is shorter than the row needs its mask, in
-    float32, and on CUDA keys and values for each query's head beside it. With an adapter a frozen norm keeps its input and the root, and of what goes into the
-    matrices stays what goes into adapters too, beside what is between their two matrices.
+    float32, and on CUDA keys and values for each query's head beside it. With an adapter a frozen norm
+    keeps its input and the root, and of what goes into the matrices stays what goes into adapters too,
+    beside what is between their two matrices.
     """
     d, m, q, k = config.width, config.mlp_width, _queries(config), _keys(config)
     h, g = config.n_heads, config.n_kv_heads

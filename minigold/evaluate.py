@@ -77,8 +77,8 @@ def evaluate(
 
     The student answers every prompt once at temperature 1, and greedily where there is an `answer`.
     None stands where nothing was there to measure. The same seed draws the same answers whatever
-    the batch size is (but for rounding, which in bfloat16 changes some), and none that a training step draws. Nothing is trained, and the student
-    comes back in the mode (train or eval) that it was in.
+    the batch size is (but for rounding, which in bfloat16 changes some), and none that a training step
+    draws. Nothing is trained, and the student comes back in the mode (train or eval) that it was in.
 
     Args:
         prompts: they and their completions fit both models' context, see `train.check_prompts`.

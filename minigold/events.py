@@ -51,8 +51,8 @@ class Side:
 
     Args:
         event_bytes: see `Events`.
-        end: the event of the end of turn.
         identity: the ids themselves are the events.
+        end: the event of the end of turn.
         event_V: int64, the event of each id; `n_events` stands for *other*, that is no event.
         column_V: int64, the same as columns of `project`.
         shared_V: bool, ids that stand for their event by themselves (the end of turn included).
@@ -319,8 +319,8 @@ def match(
 
     With the same table of bytes on both sides the events of `prefix` and `strict` are the ids
     themselves, so that the loss is exactly GKD's. (Ids that the teacher alone has rows for, none of
-    them a text's, are *other*.) An end of the teacher's at which the student does
-    not stop is none to learn: it goes to the student's end there too.
+    them a text's, are *other*.) An end of the teacher's at which the student does not stop is none
+    to learn: it goes to the student's end there too.
 
     Args:
         stops: ids at which the student stops, beside its ends of turn.
@@ -346,12 +346,12 @@ def match(
     identical = _same_table(student, teacher)
     if identical and kind != "byte":
         names, end = tuple(student.token_bytes), student.roles.index("end")
-        ours = _side(student, names, None, end=end)
-        more = len(teacher.token_bytes) > len(names)
-        theirs = _side(teacher, names, None, end=end) if more else ours
         known = {*stops, *(i for i, role in enumerate(student.roles) if role == "end")}
-        ends = [i for i, role in enumerate(teacher.roles) if role == "end" and i not in known]
-        return Events(names, ours, _ending(theirs, ends) if ends else theirs, identical, kind)
+        ends = {i for i, role in enumerate(teacher.roles) if role == "end"} - known
+        ours = _side(student, names, None, end=end)
+        alike = not ends and len(teacher.token_bytes) == len(names)
+        theirs = ours if alike else _side(teacher, names, None, end=end, also_ends=ends)
+        return Events(names, ours, theirs, identical, kind)
     fold = _one_blank if kind in ("prefix", CHUNK) else bytes
     if kind == "byte":
         texts = {bytes([byte]): bytes([byte]) for byte in range(256)}
@@ -417,21 +417,6 @@ def _same_table(student: Vocabulary, teacher: Vocabulary) -> bool:
     )
 
 
-def _ending(theirs: Side, ends: Sequence[int]) -> Side:
-    """The teacher's side of the same table: at its `ends` the student's end is the event."""
-    event_V = theirs.event_V.clone()
-    event_V[ends] = theirs.end
-    return replace(
-        theirs, identity=False, event_V=event_V, column_V=_columns(event_V, theirs.n_events),
-        event_of_id=event_V.numpy(),
-    )  # fmt: skip
-
-
-def _columns(event_V: Tensor, n_events: int) -> Tensor:
-    """Of `Side.project`: what has no event is behind the observed chunk."""
-    return event_V + (event_V == n_events)
-
-
 def _texts(vocabulary: Vocabulary) -> set[bytes]:
     pairs = zip(vocabulary.token_bytes, vocabulary.roles, strict=True)
     return {text for text, role in pairs if role == "text" and text}
@@ -479,25 +464,25 @@ def _side(
     alone: bool = False,
     carries: bool = False,
     end: int | None = None,
+    also_ends: Collection[int] = (),
 ) -> Side:
-    """`event_of` None: the ids are the events, as far as there are `names`, and `end` is the end of turn.
+    """`event_of` None: ids are events, as far as there are `names`; `end` and `also_ends` end a turn.
 
     `alone`: the other side's boundaries are others.
     """
     pairs = zip(vocabulary.token_bytes, vocabulary.roles, strict=True)
     spelling = [text if role == "text" else b"" for text, role in pairs]
-    n_ids = len(spelling)
-    event, shared = (
-        [min(i, len(names)) for i in range(n_ids)],
-        [i < len(names) for i in range(n_ids)],
-    )
-    if event_of is not None:
-        last = len(names) - 1
-        ends = [role == "end" for role in vocabulary.roles]
-        event = [last if end else event_of(x) for x, end in zip(spelling, ends, strict=True)]
+    n = len(names)
+    end = n - 1 if end is None else end
+    if event_of is None:
+        event = [end if i in also_ends else min(i, n) for i in range(len(spelling))]
+        shared = [e < n for e in event]
+    else:
+        is_end = [role == "end" for role in vocabulary.roles]
+        event = [end if ends else event_of(x) for x, ends in zip(spelling, is_end, strict=True)]
         shared = [
-            end or (e < last and names[e] == x)
-            for x, end, e in zip(spelling, ends, event, strict=True)
+            ends or (e < end and names[e] == x)
+            for x, ends, e in zip(spelling, is_end, event, strict=True)
         ]
     ordered = sorted((text, i) for i, text in enumerate(spelling) if text and alone)
     keys = [text for text, _ in ordered]
@@ -506,12 +491,12 @@ def _side(
     event_V, shared_V = torch.tensor(event, dtype=torch.int64), torch.tensor(shared)
     return Side(
         event_bytes=tuple(names),
-        identity=event_of is None and n_ids == len(names),
-        end=len(names) - 1 if end is None else end,
+        identity=event_of is None and event == list(range(n)),
+        end=end,
         event_V=event_V,
-        column_V=_columns(event_V, len(names)),
+        column_V=event_V + (event_V == n),
         shared_V=shared_V,
-        kinds_V2=torch.stack([shared_V, event_V == len(names)], dim=1).float(),
+        kinds_V2=torch.stack([shared_V, event_V == n], dim=1).float(),
         spelling=spelling,
         sorted_U=torch.tensor([i for _, i in ordered], dtype=torch.int64),
         low_V=low_high_V2[:, 0].contiguous(),

@@ -145,7 +145,7 @@ def _check_place(device: torch.device | str, dtype: torch.dtype) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0][:80]
+        reason = " ".join(str(error).split())[:80]
         raise ValueError(f"expected a device of this machine, got {device} ({reason})") from error
 
 

@@ -295,10 +295,8 @@ class Decoder(nn.Module):
 
         In its dtype or, under autocast, in that which attention takes then.
         """
-        shape, kind = (
-            (batch, self.config.n_kv_heads, length, self.config.head_width),
-            self.device.type,
-        )
+        shape = (batch, self.config.n_kv_heads, length, self.config.head_width)
+        kind = self.device.type
         lower = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if lower else self.dtype
         return Cache.empty(shape, len(self.model.layers), dtype=dtype, device=self.device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,9 +147,7 @@ def score(
     )
     scores: dict[int, Score] = {}
 
-    def read_on(rows: Sequence[Sequence[int]]) -> Tensor:
-        return _read_on(model, rows, micro_batch)
-
+    read_on = partial(_read_on, model, micro_batch=micro_batch) if other_paths else None
     for start in range(0, len(order), micro_batch):
         chosen = order[start : start + micro_batch]
         rows = [[*readings[i].prompt_ids, *readings[i].ids] for i in chosen]
@@ -156,13 +155,12 @@ def score(
             one = readings[i]
             states_MD = completion_states(hidden_SD, len(one.prompt_ids), len(one.ids)).clone()
             scores[i] = read_states(
-                head, states_MD, one, end_ids=end_ids, side=side, block=block,
-                read_on=read_on if other_paths else None,
+                head, states_MD, one, end_ids=end_ids, side=side, block=block, read_on=read_on
             )  # fmt: skip
     return [scores[i] for i in range(len(readings))]
 
 
-def _read_on(model: CausalLM, rows: Sequence[Sequence[int]], micro_batch: int) -> Tensor:
+def _read_on(model: CausalLM, rows: Sequence[Sequence[int]], *, micro_batch: int) -> Tensor:
     """state_BD after the last id of each row; all but that is read once, as the longest row has it."""
     device, longest = model.device, max(rows, key=len)
     read = model.empty_cache(1, len(longest) - 1)

@@ -141,10 +141,12 @@ def _prepare(
     student: LanguageModel, teacher: Teacher, prompts: Sequence[Prompt], config: Config
 ) -> None:
     """Says who teaches, and leaves both as a run needs them."""
-    if getattr(getattr(teacher, "model", teacher), "decoder", None) is student.decoder:
+    theirs = getattr(getattr(teacher, "model", teacher), "decoder", None)  # None: elsewhere
+    fixed = set() if theirs is None else {id(weight) for weight in theirs.parameters()}
+    if theirs is student.decoder or any(id(x) in fixed for x in trained_weights(student.decoder)):
         raise ValueError(
-            "expected a teacher with weights of its own, got the student's, which are trained; load it "
-            "twice"
+            "expected a teacher with weights of its own, got some of the student's, which are trained; "
+            "load it twice"
         )
     student.decoder.cuda_graphs = config.cuda_graphs
     student.decoder.checkpointing = config.gradient_checkpointing

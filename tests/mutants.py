@@ -415,7 +415,7 @@ MUTANTS = (
     # a cache takes float32 for bfloat16
     Mutant(
         "minigold/cache.py",
-        "key_BGSE, value_BGSE = key_BGSE.to(self.keys_BGJE), value_BGSE.to(self.keys_BGJE)",
+        "key_BGSE, value_BGSE = key_BGSE.to(dtype), value_BGSE.to(dtype)",
         "pass",
         "tests/test_replay.py",
     ),
@@ -649,8 +649,8 @@ MUTANTS = (
     # a student with the teacher's tokenizer learns an end at which it does not stop
     Mutant(
         "minigold/events.py",
-        "_ending(theirs, ends) if ends else theirs",
-        "theirs",
+        "end if i in also_ends else min(i, n)",
+        "min(i, n)",
         "tests/test_train.py",
     ),
     # the end's probability is that of ends that are ids of their own, too

@@ -523,6 +523,16 @@ def test_what_ends_a_run_is_told_in_one_line(
     assert run(*command(work)) == Result(code, "", line)
 
 
+@pytest.mark.parametrize("told", ["", "CUDA out of memory.\n Tried to allocate 2 GiB"])
+def test_too_little_memory_is_told_in_one_line(
+    work: Path, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigold.cli.distill", partial(raises, torch.OutOfMemoryError(told)))
+    code, out, err = run(*command(work))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert " ".join(told.split()) in err and "lower --micro-batch" in err
+
+
 def test_an_error_of_our_own_is_not_hidden(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minigold.cli.distill", partial(raises, AssertionError("ours")))
     with pytest.raises(AssertionError, match="ours"):

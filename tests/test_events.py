@@ -116,6 +116,7 @@ def test_a_teacher_with_more_ids_has_the_students_table_too() -> None:
     assert events.identical and events.student.identity and not events.teacher.identity
     assert events.teacher.event_V.tolist() == [0, 1, 2, 3, 4, 4, 3]
     assert events.student.end_ids == [3] and events.teacher.end_ids == [3, 6]
+    assert events.teacher.kinds_V2.tolist() == [[1, 0]] * 4 + [[0, 1]] * 2 + [[1, 0]]
     law_NX = events.teacher.project(torch.tensor([[0.1, 0.2, 0.1, 0.05, 0.3, 0.2, 0.05]]))
     torch.testing.assert_close(law_NX, torch.tensor([[0.1, 0.2, 0.1, 0.1, 0.0, 0.5]]))
     assert not match(teacher, student).identical, "the teacher could not read all of the student's"

@@ -401,6 +401,14 @@ def test_checkpointing_changes_nothing_but_memory() -> None:
     assert saving.decoder.checkpointing  # the caller's own setting stays
 
 
+def test_one_module_is_not_both_sides() -> None:
+    """Wrapped twice it is two decoders, and still the same weights."""
+    student = student_of("mistral")
+    teacher = wrap(student.decoder.module, student.tokenizer)
+    with pytest.raises(ValueError, match="a teacher with weights of its own, got some of the stud"):
+        distill(student, teacher, TEXTS, CONFIG)
+
+
 @pytest.mark.parametrize("family", ["olmo2", "gemma3_text", "cohere"])
 def test_sixteen_bits(family: str) -> None:
     student = student_of(family, dtype=torch.bfloat16)

@@ -83,7 +83,6 @@ TEACHER = words("hel", "lo", "h", ".", "heliu")
 PAIR = match(STUDENT, TEACHER)
 STUDENT_OVER = words("h", "e", "l", "hel", "hell", "x", ".")  # tokens over whole chunks
 TEACHER_OVER = words("h", "e", "l", "x", ".")
-OVER = match(STUDENT_OVER, TEACHER_OVER)
 SELF = match(
     Vocabulary((b".", b".", b"a", b"", b""), ("text", "text", "text", "end", "special")),
     Vocabulary((b".", b".", b"a", b"", b""), ("text", "text", "text", "end", "end")),
@@ -275,7 +274,7 @@ def slow_losses(
     teacher_CW: Tensor,
     rows: ChunkRows,
     beta: float,
-    sides: tuple[Vocabulary, Vocabulary] = (STUDENT, TEACHER),
+    sides: tuple[Vocabulary, Vocabulary],
 ) -> list[float]:
     """Chunk by chunk in plain Python, from the spellings."""
     names = match(*sides).event_bytes[:-1]
@@ -311,27 +310,23 @@ def slow_losses(
     return losses
 
 
+@pytest.mark.parametrize(
+    ("sides", "n_chunks", "v"),
+    [((STUDENT, TEACHER), 4, 8), ((STUDENT_OVER, TEACHER_OVER), 40, 3)],
+    ids=["every token", "many over whole chunks"],
+)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0]))
-def test_chunk_losses_equal_the_slow_version(seed: int, beta: float) -> None:
-    g = torch.Generator().manual_seed(seed)
-    rows = random_rows(4, 8, 6, PAIR.n_events, seed=seed)
+def test_chunk_losses_equal_the_slow_version(
+    sides: tuple[Vocabulary, Vocabulary], n_chunks: int, v: int, seed: int, beta: float
+) -> None:
+    """The first `v` tokens are taken. `hel` is `h`, and then a whole chunk `e`, and more."""
+    g, events = torch.Generator().manual_seed(seed), match(*sides)
+    rows = random_rows(n_chunks, v, 6, events.n_events, seed=seed)
     student_NV = torch.randn(len(rows.student.chunk_N), 8, generator=g)
-    teacher_CW = torch.randn(4, 6, generator=g)
-    got_C = chunk_losses(student_NV, teacher_CW, rows=rows, events=PAIR, beta=beta)
-    want_C = torch.tensor(slow_losses(student_NV, teacher_CW, rows, beta))
+    teacher_CW = torch.randn(n_chunks, 6, generator=g)
+    got_C = chunk_losses(student_NV, teacher_CW, rows=rows, events=events, beta=beta)
+    want_C = torch.tensor(slow_losses(student_NV, teacher_CW, rows, beta, sides))
     torch.testing.assert_close(got_C, want_C, atol=2e-5, rtol=2e-5)
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0]))
-def test_tokens_from_before_a_chunk_over_its_end_are_in_it(seed: int, beta: float) -> None:
-    """`hel` is `h`, and then the whole chunk `e`, and more."""
-    g = torch.Generator().manual_seed(seed)
-    rows = random_rows(40, 3, 6, OVER.n_events, seed=seed)
-    student_NV = torch.randn(len(rows.student.chunk_N), 8, generator=g)
-    teacher_CW = torch.randn(40, 6, generator=g)
-    got_C = chunk_losses(student_NV, teacher_CW, rows=rows, events=OVER, beta=beta)
-    slow = slow_losses(student_NV, teacher_CW, rows, beta, (STUDENT_OVER, TEACHER_OVER))
-    torch.testing.assert_close(got_C, torch.tensor(slow), atol=2e-5, rtol=2e-5)
 
 
 def test_what_is_written_before_the_end_is_no_longer_token() -> None:

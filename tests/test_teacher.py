@@ -212,7 +212,7 @@ def test_reading_on_is_reading_each_row(family: str, micro_batch: int) -> None:
     want = [model(torch.tensor([one]))[0, -1] for one in rows]
     n_read = list[int]()
     hook = model.register_forward_hook(lambda _m, args, _out: n_read.append(args[0].numel()))
-    got_BD = _read_on(model, rows, micro_batch)
+    got_BD = _read_on(model, rows, micro_batch=micro_batch)
     hook.remove()
     torch.testing.assert_close(got_BD, torch.stack(want), atol=2e-6, rtol=2e-6)
     assert sum(n_read) == 29 + len(rows)
