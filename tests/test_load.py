@@ -463,6 +463,13 @@ def test_too_little_memory_is_no_broken_download(
         list(read_tensors(folder / "model.safetensors", device="cpu", dtype=torch.bfloat16))
 
 
+def test_a_teacher_is_known_by_its_weights(folder: Path) -> None:
+    one, again, other = (load(folder) for _ in range(3))
+    with torch.no_grad():
+        other.decoder.model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    assert one.facts == again.facts != other.facts
+
+
 def test_a_model_is_plain_data(folder: Path) -> None:
     model = load(folder)
     assert isinstance(model, LanguageModel)

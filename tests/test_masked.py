@@ -91,6 +91,15 @@ def test_random_replays_the_number_of_another_mask(replay: str) -> None:
     assert result.loss == pytest.approx(mean, abs=1e-6) and count(drawn[0]) > 0
 
 
+def test_a_chunk_of_which_nothing_is_known_is_not_left_out() -> None:
+    """An overhang that is no number: its loss is none either, and the step fails by it."""
+    pair = cross_pair()
+    rollout = rollouts_of(pair)[0]
+    unknown = dataclasses.replace(rollout, overhang_C=np.full_like(rollout.overhang_C, np.nan))
+    assert rollout.starts_C.any()
+    assert (unknown.comparable_C(pair.events, 0.5) == rollout.starts_C).all()
+
+
 @pytest.mark.parametrize("where", ["all", "divergence"])
 def test_the_teachers_logits_are_in_its_own_precision(
     where: str, monkeypatch: pytest.MonkeyPatch
