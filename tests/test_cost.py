@@ -297,7 +297,7 @@ RUNS = {
     "head": {"vocabulary": 32_000, "width": 320, "new": 16, "layers": 3},
     "head, passes": {"vocabulary": 32_000, "width": 256, "new": 12, "layers": 2, "micro_batch": 3,
                      "padding": 64},
-    "activations": {"vocabulary": 4_000, "width": 256, "new": 160, "layers": 6, "batch": 12,
+    "activations": {"vocabulary": 4_000, "width": 256, "new": 96, "layers": 6, "batch": 12,
                     "micro_batch": 12, "family": "gemma3_text"},
     "checkpointing": {"vocabulary": 4_000, "width": 256, "new": 96, "layers": 6, "batch": 12,
                       "micro_batch": 12, "gradient_checkpointing": True},

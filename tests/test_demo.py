@@ -79,8 +79,8 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
 
 
 def test_the_student_learns() -> None:
-    """A quarter of the steps, from no answer right; the whole length and the controls are `slow`."""
-    assert controls.run_arm("gold", steps=150, seed=0) >= 0.15
+    """A sixth of the steps, from no answer right; the whole length and the controls are `slow`."""
+    assert controls.run_arm("gold", steps=100, seed=0) >= 0.05  # 0.145; shifted or shuffled: none
 
 
 @pytest.mark.slow

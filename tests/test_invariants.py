@@ -4,7 +4,7 @@
 The checks share no code with the package: what a token stands for is asked from the tokenizer's own
 decoder (or read in GPT-2's byte alphabet), boundaries are found byte by byte. Two thirds of a
 pair's texts are those of `corpus.py`, one third is what the student's random ids decode to. Pairs
-with a real tokenizer take 200 texts, or 20,000 under `HYPOTHESIS_PROFILE=nightly` (25 minutes);
+with a real tokenizer take 100 texts, or 20,000 under `HYPOTHESIS_PROFILE=nightly` (25 minutes);
 `MINIGOLD_TEXTS` is another number, in thousands if above.
 """
 
@@ -49,9 +49,9 @@ from tokenizers_for_tests import FAMILIES, MORE_FAMILIES
 TRAINED = FAMILIES | MORE_FAMILIES
 MISSING = ("t5", "albert", "unigram_bytes", "wordpiece", "wordpiece_cased", "characters")
 NIGHTLY = settings.get_current_profile_name() == "nightly"
-N_TEXTS = int(os.environ.get("MINIGOLD_TEXTS") or (20_000 if NIGHTLY else 200))
+N_TEXTS = int(os.environ.get("MINIGOLD_TEXTS") or (20_000 if NIGHTLY else 100))
 BATCH = min(N_TEXTS, 1000)  # encoded once for all pairs, then forgotten
-N_QUICK, N_SOUND = (600, 2400) if NIGHTLY else (24, 240)
+N_QUICK, N_SOUND = (600, 2400) if NIGHTLY else (12, 120)
 
 # They read text byte by byte and change none; the last three have no token for some bytes.
 PLAIN = ("byte_bpe", "byte_level", "deepseek_v3", "gpt4_like", "gpt4o", "llama3", "mistral_nemo",
@@ -679,7 +679,7 @@ def test_added_tokens_are_special_only_as_ids(name: str) -> None:
         assert flaws_of_side(sampled, sampled=True) == []
 
 
-LONG = 100_000
+LONG = 50_000
 
 
 @pytest.mark.real
