@@ -641,7 +641,7 @@ def _hide_specials(config: dict[str, Any]) -> None:
         model["merges"] = [
             (left, right)
             for left, right in model["merges"]
-            if not ({left, right, left + right.removeprefix(prefix)} & renamed.keys())
+            if renamed.keys().isdisjoint((left, right, left + right.removeprefix(prefix)))
         ]
     for token in config["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])

@@ -5,6 +5,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,16 @@ def check_spans(spans: NDArray[np.int64], data: bytes) -> None:
     assert ((flaw >= 0) & (flaw < len(FLAWS))).all()
 
 
+@lru_cache(maxsize=16)
+def bytes_of(tokenizer: Tokenizer) -> tuple[bytes, ...]:
+    return vocabulary(tokenizer).token_bytes
+
+
 def bytes_in(
     tokenizer: Tokenizer, ids: list[int], spans: NDArray[np.int64], data: bytes
 ) -> list[bytes]:
     """Each token's bytes; of a word without a space before it, those without its implied space."""
-    table = vocabulary(tokenizer).token_bytes
+    table = bytes_of(tokenizer)
     found = []
     for i, (start, _end, _flaw) in zip(ids, spans.tolist(), strict=True):
         own = table[i]

@@ -56,7 +56,7 @@ TEXTS = {
     "white space": "a  b   c\td\t\te\n\n\nf        g \u00a0h\u200bi",
     "looks special": "<bos><|im_start|>user\nHi<|im_end|> <eos> <unk> <0x41> ▁▁x Ġy",
 }
-LONG = " ".join([*TEXTS.values()][:6]) * 5
+LONG = " ".join([*TEXTS.values()][:6]) * 4
 WINDOW = 512  # tokens that Gemma's local layers see
 EXACT = 1e-4  # float32, on logits of up to 60; the same bits on one machine
 
@@ -76,15 +76,15 @@ def their_tokenizer(name: str) -> Any:
 @MODELS
 @torch.no_grad()
 def test_logits_equal_those_of_transformers(name: str) -> None:
-    """Of the last 64 positions: all of the short texts, those past the window of the long one."""
+    """Of the last 16 positions, of the long text past the window: each depends on all before it."""
     model, errors = own(name), []
     theirs = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
     for text in (*TEXTS.values(), LONG):
         ids_BS = torch.tensor([prompt_ids(model, text, plain=True)])
-        logits_SV = model.decoder.head.logits(model.decoder(ids_BS)[0, -64:])
-        their_SV = theirs(ids_BS, logits_to_keep=64).logits[0]
+        logits_SV = model.decoder.head.logits(model.decoder(ids_BS)[0, -16:])
+        their_SV = theirs(ids_BS, logits_to_keep=16).logits[0]
         errors.append(float((logits_SV - their_SV).abs().max()))
-    assert ids_BS.shape[1] > WINDOW + 64
+    assert ids_BS.shape[1] > WINDOW + 16
     print(f"{name}: largest error {np.max(errors):.1e}, logits up to {float(their_SV.max()):.0f}")
     assert np.max(errors) < EXACT  # false for NaN too
 
