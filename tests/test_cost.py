@@ -310,7 +310,7 @@ RUNS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("checkpointing", "adapter")))
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("head", "activations")))
         for name in RUNS
     ],
 )

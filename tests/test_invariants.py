@@ -669,21 +669,6 @@ def test_byte_fallback_has_one_span_a_byte(name: str) -> None:
     assert side_of_ids(name, tokens.ids).spans.tolist() == tokens.spans.tolist()
 
 
-@pytest.mark.parametrize(
-    "name", [*TRAINED, *(pytest.param(n, marks=pytest.mark.real) for n in REAL)]
-)
-def test_added_tokens_are_special_only_as_ids(name: str) -> None:
-    added, table = tokenizer_of(name).get_added_tokens_decoder(), known(name)
-    for i in Random(name).sample(sorted(added), min(len(added), 60)):
-        for text in (added[i].content, f"x {added[i].content} y"):
-            tokens = side_of_text(name, text)
-            assert i not in tokens.ids or table.roles[i] != "special"
-            assert flaws_of_side(tokens, sampled=False) == []
-        sampled = side_of_ids(name, [i, i])
-        assert sampled.data == table.pieces[i] * 2
-        assert flaws_of_side(sampled, sampled=True) == []
-
-
 LONG = 50_000
 
 
@@ -734,6 +719,21 @@ def test_spans_of_ids_are_where_decoded_prefixes_end(name: str) -> None:
                 assert end[k] == len(text.encode())
                 checked += 1
     assert checked > 500
+
+
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.real) for n in REAL), *TRAINED]
+)
+def test_added_tokens_are_special_only_as_ids(name: str) -> None:
+    added, table = tokenizer_of(name).get_added_tokens_decoder(), known(name)
+    for i in Random(name).sample(sorted(added), min(len(added), 60)):
+        for text in (added[i].content, f"x {added[i].content} y"):
+            tokens = side_of_text(name, text)
+            assert i not in tokens.ids or table.roles[i] != "special"
+            assert flaws_of_side(tokens, sampled=False) == []
+        sampled = side_of_ids(name, [i, i])
+        assert sampled.data == table.pieces[i] * 2
+        assert flaws_of_side(sampled, sampled=True) == []
 
 
 FOUND = [  # texts and ids that broke a rule before

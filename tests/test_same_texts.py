@@ -187,7 +187,8 @@ def worst(student: Tokenizer, teacher: Tokenizer, ends: tuple[int, int]) -> tupl
     ("student", "teacher", "ends"),
     [
         ("smollm2", "gemma3", (2, 1)), ("gemma3", "smollm2", (1, 2)),
-        ("qwen3", "gemma3", (151645, 1)), ("llama3", "llama2", (128009, 2)),
+        pytest.param("qwen3", "gemma3", (151645, 1), marks=pytest.mark.slow),
+        pytest.param("llama3", "llama2", (128009, 2), marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_same_texts_cost_nothing(student: str, teacher: str, ends: tuple[int, int]) -> None:
