@@ -990,6 +990,13 @@ def without_answers(kl: dict[str, float], **more: Any) -> Any:
     return made(dict.fromkeys(kl, 0.0), **changes)
 
 
+def test_beta_becomes_the_default_by_its_rule() -> None:
+    for share, rule in ((0.8, "holds"), (0.6, "**fails**")):
+        assert verdict(made({"gold": 0.8, "beta-0.1": share}), "beta 0.1") == rule
+    for kl, rule in ((0.16, "holds"), (0.18, "**fails**")):  # beside 0.2, and a tenth for both
+        assert verdict(without_answers({"gold": 0.2, "beta-0.1": kl}), "beta 0.1") == rule
+
+
 def test_without_answers_the_gap_is_that_of_reverse_kl() -> None:
     more = {"all": {"cpu_seconds": 12.0, "peak_memory_gib": 0.6}}
     shares = {"teacher": 0.0, "untouched": 1.0, "gold": 0.2, "all": 0.18, "random-weighted": 0.4,

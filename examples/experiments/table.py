@@ -272,6 +272,12 @@ def _same(r: Results) -> tuple[bool, str]:
     return low <= 0 <= high and abs(value) <= 0.05, f"differs by {_span(value, low, high)}"
 
 
+def _may_be_default(r: Results) -> tuple[bool, str]:
+    value, low, high = r.above("beta-0.1", "gold")
+    what = "exact match higher" if r.marked else "reverse KL lower"
+    return (high >= 0 if r.marked else low > 0), f"{what} by {_span(value, low, high)}"
+
+
 Rule = tuple[str, str, Sequence[str], Callable[[Results], tuple[bool | None, str]]]
 
 
@@ -289,6 +295,8 @@ def rules() -> list[Rule]:
         *(("control", f"`{x}` fails", (*ends, x), _fails(x)) for x in CONTROLS),
         *(("mask", f"beats `{x}`", (x, "gold" if x == "random-weighted" else x[7:]),
            _above_random(x)) for x in ARMS if x.startswith("random-")),
+        ("beta", "beta 0.1 may be the default: not below it in exact match, better in reverse KL",
+         ("gold", "beta-0.1"), _may_be_default),
         ("positive", "with one tokenizer, minigold is GKD", ("same-gold", "same-gkd"), _same),
     ]  # fmt: skip
 
@@ -470,7 +478,7 @@ def part(name: str, r: Results) -> str:
     if name == "tune":
         return f"{machines(r)}\n\n{tuning(r)}"
     every = name == "screen"
-    shown = () if every else ("a",) if name == "equal-time" else ("a", "b", "c", "d")
+    shown = () if every else ("a",) if name == "equal-time" else ("a", "b", "c", "d", "beta")
     picture = f"![{PLOTTED[r.marked]} by arm](results/{name}.svg)"
     parts = [machines(r), table(r, every=every), picture, _rules_table(verdicts(r, shown))]
     if name in ("screen", "equal-time"):
